@@ -1,0 +1,149 @@
+"""A checkpoint directory, opened and checked completely, with no weight read yet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from wemm.checkpoint.adapter import Adapter, find_adapter
+from wemm.checkpoint.shards import StoredTensor, read_json, stored_tensors
+from wemm.checkpoint.weight_map import TensorSpec, expected_tensors, is_plora
+from wemm.config import PRESETS, ModelConfig, PloraConfig
+from wemm.errors import CheckpointError, ModelNotFoundError
+
+BUNDLED_DIRECTORY = Path(__file__).parent.parent / "bundled"
+_HUB_PATTERNS = ["*.safetensors", "*.json", "tokenizer.model"]
+_NAMES_SHOWN = 6
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory that holds exactly the tensors its configuration asks for."""
+
+    directory: Path
+    config: ModelConfig
+    adapter: Adapter | None
+    """None when PLoRA was turned off."""
+    tensors: Mapping[str, StoredTensor]
+    """Every tensor to load, by renamed name; PLoRA from the adapter that won."""
+    specs: Mapping[str, TensorSpec]
+
+    @property
+    def plora(self) -> PloraConfig | None:
+        """Rank and scaling in force."""
+        return self.adapter.plora if self.adapter else None
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the files that hold the tensors."""
+        return sum(file.stat().st_size for file in {t.file for t in self.tensors.values()})
+
+    @property
+    def dtype(self) -> str:
+        """What config.json declares, else what most of the tensors are stored in."""
+        stored = [tensor.dtype for tensor in self.tensors.values()]
+        names = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+        return self.config.dtype or names[max(set(stored), key=stored.count)]
+
+
+def is_preset(model: str) -> bool:
+    """True if the name is an architecture without files (and no directory of that name lies here)."""
+    return model in PRESETS and not Path(model).exists()
+
+
+def locate(model: str) -> Path:
+    """Checkpoint directory of a path, a bundled name or a hub id. Raises ModelNotFoundError."""
+    path = Path(model).expanduser()
+    bundled = sorted(p.name for p in BUNDLED_DIRECTORY.iterdir() if p.is_dir())
+    if path.is_dir():
+        return path
+    if model in bundled:
+        return BUNDLED_DIRECTORY / model
+    if path.exists():
+        raise ModelNotFoundError(f"{model!r} is a file; give the directory that holds config.json")
+    is_hub_id = model.count("/") == 1 and not model.startswith((".", "/", "~")) and not model.endswith("/")
+    if not is_hub_id:
+        raise ModelNotFoundError(
+            f"no model {model!r}: not a directory, nor one of the bundled names ({', '.join(bundled)}), "
+            "nor a hub id (owner/name)"
+        )
+    return _download(model)
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=_HUB_PATTERNS))
+    except Exception as error:  # noqa: BLE001 - the hub client raises a dozen kinds; all mean "not fetched"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelNotFoundError(
+            f"{model!r} is not a directory here and could not be fetched from the hub: {reason}"
+        ) from None
+
+
+def read_config(directory: Path) -> ModelConfig:
+    """config.json of a directory. Raises ConfigError, ModelNotFoundError."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ModelNotFoundError(f"{directory} has no config.json: not a checkpoint directory")
+    return ModelConfig.from_dict(read_json(path), str(path))
+
+
+def open_checkpoint(directory: Path, use_plora: bool = True) -> Checkpoint:
+    """Open and check a directory: every tensor present, none unexpected, every shape right.
+
+    Reads configuration and file headers only. Raises CheckpointError, ModelNotFoundError.
+    """
+    config = read_config(directory)
+    own = stored_tensors(directory)
+    if not own:
+        raise CheckpointError(f"{directory}: no *.safetensors files (other weight formats are not read)")
+    adapter = find_adapter(directory, config, own) if use_plora else None
+    tensors = {name: tensor for name, tensor in own.items() if not is_plora(name)}
+    if adapter is not None:
+        tensors.update(adapter.tensors)
+    specs = expected_tensors(config, adapter.plora if adapter else None)
+    _check_names(directory, specs, tensors)
+    _check_shapes(directory, specs, tensors, adapter)
+    return Checkpoint(directory, config, adapter, tensors, specs)
+
+
+def _check_names(
+    directory: Path, specs: Mapping[str, TensorSpec], tensors: Mapping[str, StoredTensor]
+) -> None:
+    missing = [name for name in specs if name not in tensors]
+    unexpected = [name for name in tensors if name not in specs]
+    if missing and all(is_plora(name) for name in missing) and not unexpected:
+        raise CheckpointError(
+            f"{directory}: {len(missing)} PLoRA tensors missing: {_list_names(missing)}; "
+            "run without PLoRA only by --no-plora"
+        )
+    problems = [f"{len(missing)} tensors missing: {_list_names(missing)}"] if missing else []
+    if unexpected:
+        problems.append(f"{len(unexpected)} unexpected tensors: {_list_names(unexpected)}")
+    if problems:
+        raise CheckpointError(f"{directory}: {'; '.join(problems)}")
+
+
+def _check_shapes(
+    directory: Path,
+    specs: Mapping[str, TensorSpec],
+    tensors: Mapping[str, StoredTensor],
+    adapter: Adapter | None,
+) -> None:
+    wrong = [
+        f"{name} is {list(tensors[name].shape)} but must be {list(spec.shape)}"
+        for name, spec in specs.items()
+        if tensors[name].shape != spec.shape
+    ]
+    if wrong:
+        rank = f" (PLoRA rank from {adapter.plora.source})" if adapter and "Plora" in wrong[0] else ""
+        raise CheckpointError(f"{directory}: {len(wrong)} tensors of wrong shape: {_list_names(wrong)}{rank}")
+
+
+def _list_names(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(names[:_NAMES_SHOWN]) + more

@@ -1,0 +1,94 @@
+"""Weights from disk into a model built on the meta device: tensor by tensor, each rank its slice."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from wemm.checkpoint.checkpoint import Checkpoint
+from wemm.checkpoint.shards import StoredTensor, open_shard
+from wemm.distributed import SINGLE, TensorParallel
+from wemm.errors import IntegrityError
+
+Progress = Callable[[int], None]
+"""Called with the bytes just read."""
+
+_DUMMY_BLOCK = 2**22
+
+
+def load_weights(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    tensor_parallel: TensorParallel = SINGLE,
+    progress: Progress = lambda num_bytes: None,
+) -> None:
+    """Fill every parameter of `model` (built on the meta device) with its slice of the checkpoint.
+
+    A layer says how its weights are cut: `shard_dims` maps a parameter of its own to the dimension
+    that ranks share. At any moment one tensor exists twice (file and memory). Raises CheckpointError.
+    """
+    owners = dict(_parameter_owners(model))
+    by_file: dict[Path, list[StoredTensor]] = defaultdict(list)
+    for tensor in checkpoint.tensors.values():
+        by_file[tensor.file].append(tensor)
+    for file, tensors in by_file.items():
+        with open_shard(file) as shard:
+            for tensor in tensors:
+                spec = checkpoint.specs[tensor.key]
+                module, attribute, shard_dim = owners.pop(spec.parameter)
+                entry = shard.get_slice(tensor.name)
+                index = [slice(None)] * len(spec.shape)
+                if shard_dim is not None:
+                    index[shard_dim] = tensor_parallel.slice(spec.shape[shard_dim])
+                value = entry[tuple(index)].to(device=device, dtype=dtype, copy=True).contiguous()
+                _set_parameter(module, attribute, value)
+                progress(value.numel() * value.element_size())
+    if owners:
+        raise IntegrityError(f"parameters without a tensor: {', '.join(sorted(owners))}")
+
+
+def load_dummy_weights(
+    model: nn.Module, dtype: torch.dtype, device: torch.device, seed: int = 0, progress: Progress = lambda _: None
+) -> None:
+    """Fill a model built on the meta device with repeatable random weights, directly in `dtype`.
+
+    One random block, repeated from a different offset for every tensor: as fast as memory can be
+    written. Matrices are scaled by 1/sqrt(fan_in), one-dimensional weights are near 1, biases near 0.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    block = torch.randn(_DUMMY_BLOCK, generator=generator)
+    for i, (module, attribute, _) in enumerate(dict(_parameter_owners(model)).values()):
+        parameter = getattr(module, attribute)
+        fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
+        scaled = (block * fan_in**-0.5).roll(i * 7919) if parameter.dim() > 1 else block.roll(i) * 0.1
+        if parameter.dim() == 1 and attribute == "weight":
+            scaled = scaled + 1
+        value = torch.empty(parameter.shape, dtype=dtype, device=device)
+        flat, scaled = value.view(-1), scaled.to(device=device, dtype=dtype)
+        for start in range(0, flat.numel(), _DUMMY_BLOCK):
+            piece = flat[start : start + _DUMMY_BLOCK]
+            piece.copy_(scaled[: piece.numel()])
+        _set_parameter(module, attribute, value)
+        progress(value.numel() * value.element_size())
+
+
+def _parameter_owners(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str, int | None]]]:
+    for prefix, module in model.named_modules():
+        shard_dims: Mapping[str, int] = getattr(module, "shard_dims", {})
+        for name, _ in module.named_parameters(recurse=False):
+            path = f"{prefix}.{name}" if prefix else name
+            yield path, (module, name, shard_dims.get(name))
+
+
+def _set_parameter(module: Any, attribute: str, value: torch.Tensor) -> None:
+    expected = getattr(module, attribute).shape
+    if expected != value.shape:
+        raise IntegrityError(f"{attribute} of {module} is {list(expected)}, its slice is {list(value.shape)}")
+    setattr(module, attribute, nn.Parameter(value, requires_grad=False))

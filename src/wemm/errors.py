@@ -1,0 +1,85 @@
+"""Every exception that leaves the package, and whose fault it is.
+
+    WemmError
+    ├── ClientError                     the caller can mend it; the message names value and remedy
+    │   ├── ModelNotFoundError          no checkpoint under that name
+    │   ├── CheckpointError             files that are missing, damaged or do not fit together
+    │   │   └── ConfigError             a JSON file says something impossible or unsupported
+    │   ├── MediaError                  bytes that are not an acceptable image
+    │   ├── PromptError                 messages that do not make a prompt
+    │   │   └── PromptTooLongError      more tokens than max_model_len
+    │   ├── ParameterError              an option or sampling parameter out of range
+    │   ├── DeviceError                 unknown or absent device
+    │   ├── InsufficientMemoryError     the plan does not fit; the message is the plan
+    │   └── StorageError                the disk refused: full, not writable, already there
+    └── EngineError                     ours, or the weights'
+        ├── NumericalError              NaN or Inf left a stage; the message names the stage
+        └── IntegrityError              an invariant of the engine is broken
+"""
+
+from __future__ import annotations
+
+
+class WemmError(Exception):
+    """Root of everything this package raises on purpose."""
+
+
+class ClientError(WemmError):
+    """The caller can mend it."""
+
+
+class ModelNotFoundError(ClientError):
+    """No checkpoint under the given name."""
+
+
+class CheckpointError(ClientError):
+    """Checkpoint files that are missing, damaged or do not fit together."""
+
+
+class ConfigError(CheckpointError):
+    """A JSON file of the checkpoint says something impossible or unsupported."""
+
+
+class MediaError(ClientError):
+    """Bytes that are not an acceptable image."""
+
+
+class PromptError(ClientError):
+    """Messages that do not make a prompt."""
+
+
+class PromptTooLongError(PromptError):
+    """The prompt has more tokens than `max_model_len` leaves room for."""
+
+
+class ParameterError(ClientError):
+    """An option or sampling parameter is out of range."""
+
+
+class DeviceError(ClientError):
+    """The device is unknown or absent."""
+
+
+class InsufficientMemoryError(ClientError):
+    """The memory plan does not fit; the message is the plan."""
+
+
+class StorageError(ClientError):
+    """The disk refused: full, not writable, or the target exists."""
+
+
+class EngineError(WemmError):
+    """Not the caller's fault."""
+
+
+class NumericalError(EngineError):
+    """NaN or Inf left a stage of the computation."""
+
+    def __init__(self, stage: str, dtype: str) -> None:
+        remedy = "float32" if dtype == "bfloat16" else "bfloat16 or float32"
+        super().__init__(f"NaN or Inf in stage {stage!r} computed in {dtype}; try --dtype {remedy}")
+        self.stage = stage
+
+
+class IntegrityError(EngineError):
+    """An invariant of the engine is broken."""

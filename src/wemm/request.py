@@ -1,0 +1,172 @@
+"""What a caller asks and gets: SamplingParams in, RequestOutput out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from wemm.errors import ParameterError
+
+MAX_LOGPROBS = 20
+MAX_N = 128
+MAX_STOP_STRINGS = 64
+MAX_STOP_LEN = 1024
+_INT32_MAX = 2**31 - 1
+_UINT64_MAX = 2**64 - 1
+
+
+def _check_number(name: str, value: Any, low: float, high: float, open_low: bool = False) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    inside = is_number and math.isfinite(value) and low <= value <= high and not (open_low and value == low)
+    if not inside:
+        bracket = "(" if open_low else "["
+        raise ParameterError(f"{name} must be a finite number in {bracket}{low:g}, {high:g}]. Given: {value!r}")
+
+
+def _check_integer(name: str, value: Any, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ParameterError(f"{name} must be an integer in [{low}, {high}]. Given: {value!r}")
+
+
+def _as_tuple(name: str, value: Any, kind: type) -> tuple[Any, ...]:
+    items = (value,) if isinstance(value, kind) else value
+    if items is None:
+        return ()
+    wrong = not isinstance(items, Sequence) or isinstance(items, str)
+    if wrong or any(not isinstance(item, kind) or isinstance(item, bool) for item in items):
+        raise ParameterError(f"{name} must be a list of {kind.__name__}. Given: {value!r}")
+    return tuple(items)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the answer is drawn. Names and meanings follow vLLM; the default is greedy.
+
+    Every value is checked at construction; ParameterError names the value and the rule.
+    """
+
+    n: int = 1
+    """Answers drawn independently for the prompt."""
+    temperature: float = 0.0
+    """0 is greedy: the most probable token, always."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probabilities sum to this."""
+    top_k: int = 0
+    """Keep this many tokens; 0 or -1 keeps all."""
+    min_p: float = 0.0
+    """Drop tokens less probable than this share of the most probable one."""
+    repetition_penalty: float = 1.0
+    """Divides (multiplies) positive (negative) logits of tokens seen in prompt or answer."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logit of every token of the answer so far."""
+    frequency_penalty: float = 0.0
+    """Subtracted per occurrence from the logit of every token of the answer so far."""
+    seed: int | None = None
+    """Same seed, same answer, whatever else is computed beside it."""
+    stop: Sequence[str] | str | None = None
+    """The answer ends before the first of these strings."""
+    stop_token_ids: Sequence[int] | None = None
+    """The answer ends at one of these tokens, besides the model's own end token."""
+    max_tokens: int = 256
+    """Tokens of the answer at most; also bounded by what max_model_len leaves."""
+    ignore_eos: bool = False
+    """Go on after the model's own end token."""
+    logprobs: int | None = None
+    """Return the log probabilities of this many most probable tokens, and of the chosen one."""
+    skip_special_tokens: bool = True
+    """Leave control tokens out of the text."""
+
+    def __post_init__(self) -> None:
+        _check_integer("n", self.n, 1, MAX_N)
+        _check_number("temperature", self.temperature, 0, 1e4)
+        _check_number("top_p", self.top_p, 0, 1, open_low=True)
+        _check_integer("top_k", self.top_k, -1, _INT32_MAX)
+        _check_number("min_p", self.min_p, 0, 1)
+        _check_number("repetition_penalty", self.repetition_penalty, 0, 1e4, open_low=True)
+        _check_number("presence_penalty", self.presence_penalty, -2, 2)
+        _check_number("frequency_penalty", self.frequency_penalty, -2, 2)
+        _check_integer("max_tokens", self.max_tokens, 1, _INT32_MAX)
+        if self.seed is not None:
+            _check_integer("seed", self.seed, 0, _UINT64_MAX)
+        if self.logprobs is not None:
+            _check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        for name in ("ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise ParameterError(f"{name} must be true or false. Given: {getattr(self, name)!r}")
+        object.__setattr__(self, "stop", _as_tuple("stop", self.stop, str))
+        object.__setattr__(self, "stop_token_ids", _as_tuple("stop_token_ids", self.stop_token_ids, int))
+        if len(self.stop_strings) > MAX_STOP_STRINGS:
+            raise ParameterError(f"stop takes at most {MAX_STOP_STRINGS} strings. Given: {len(self.stop_strings)}")
+        for text in self.stop_strings:
+            if not 1 <= len(text) <= MAX_STOP_LEN:
+                raise ParameterError(f"a stop string has 1 to {MAX_STOP_LEN} characters. Given: {len(text)}")
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as it was checked."""
+        return tuple(self.stop or ())
+
+    @property
+    def greedy(self) -> bool:
+        """True if no random draw is needed."""
+        return self.temperature == 0
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """One candidate token: natural log probability, rank (1 is the most probable), its text."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One answer, complete or so far."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    cumulative_logprob: float | None
+    logprobs: tuple[dict[int, Logprob], ...] | None
+    finish_reason: str | None
+    """"stop" or "length"; None while the answer grows."""
+    stop_reason: int | str | None = None
+    """The stop token id or stop string that ended it, if it was not the model's own end token."""
+
+
+@dataclass
+class RequestMetrics:
+    """Seconds spent per stage of one request; stages shared with other requests count in full."""
+
+    processing: float = 0.0
+    """Reading, resizing and tokenising the prompt."""
+    queue: float = 0.0
+    """From arrival to the first computed step."""
+    vision: float = 0.0
+    """Vision tower and downsampler."""
+    prefill: float = 0.0
+    """Prompt tokens through the language model."""
+    decode: float = 0.0
+    """All answer tokens after the first."""
+    first_token: float = 0.0
+    """From arrival to the first answer token."""
+    total: float = 0.0
+    """From arrival to the last answer token."""
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """The state of one request after a step; final when `finished`."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    """Image positions hold IMAGE_TOKEN_ID (-200)."""
+    outputs: tuple[CompletionOutput, ...]
+    finished: bool
+    num_image_tokens: int = 0
+    """Prompt positions that come from images, separator rows included."""
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
