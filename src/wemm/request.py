@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from wemm.errors import ParameterError
+from wemm.errors import ParameterError, WemmError
 
 MAX_LOGPROBS = 20
 MAX_N = 128
@@ -170,3 +170,5 @@ class RequestOutput:
     num_image_tokens: int = 0
     """Prompt positions that come from images, separator rows included."""
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    error: WemmError | None = None
+    """Why the engine gave the request up; its outputs are then incomplete."""

@@ -10,7 +10,8 @@ from wemm.checkpoint.adapter import Adapter, find_adapter
 from wemm.checkpoint.shards import StoredTensor, read_json, stored_tensors
 from wemm.checkpoint.weight_map import TensorSpec, expected_tensors, is_plora
 from wemm.config import PRESETS, ModelConfig, PloraConfig
-from wemm.errors import CheckpointError, ModelNotFoundError
+from wemm.errors import CheckpointError, ConfigError, ModelNotFoundError, ParameterError
+from wemm.request import SamplingParams
 
 BUNDLED_DIRECTORY = Path(__file__).parent.parent / "bundled"
 _HUB_PATTERNS = ["*.safetensors", "*.json", "tokenizer.model"]
@@ -89,6 +90,22 @@ def read_config(directory: Path) -> ModelConfig:
     if not path.is_file():
         raise ModelNotFoundError(f"{directory} has no config.json: not a checkpoint directory")
     return ModelConfig.from_dict(read_json(path), str(path))
+
+
+def default_sampling_params(directory: Path) -> SamplingParams:
+    """What generation_config.json asks for; greedy where it says nothing. Raises ConfigError."""
+    path = directory / "generation_config.json"
+    if not path.exists():
+        return SamplingParams()
+    data = read_json(path)
+    names = {"repetition_penalty": "repetition_penalty", "max_new_tokens": "max_tokens"}
+    if data.get("do_sample"):
+        names |= {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k"}
+        data = {"temperature": 1.0, **data}
+    try:
+        return SamplingParams(**{name: data[key] for key, name in names.items() if data.get(key) is not None})
+    except ParameterError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def open_checkpoint(directory: Path, use_plora: bool = True) -> Checkpoint:

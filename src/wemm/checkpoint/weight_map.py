@@ -88,7 +88,12 @@ def part_of(name: str) -> str:
 def plora_linears(config: ModelConfig) -> list[str]:
     """Checkpoint names of all linears that carry PLoRA."""
     layers = range(config.text.num_hidden_layers)
-    return [f"{_LAYER.format(i=i)}.{linear}" for i in layers for linear in PLORA_LINEARS]
+    return [plora_linear_name(i, linear) for i in layers for linear in PLORA_LINEARS]
+
+
+def plora_linear_name(layer: int, linear: str) -> str:
+    """Checkpoint name of one of PLORA_LINEARS in a decoder layer."""
+    return f"{_LAYER.format(i=layer)}.{linear}"
 
 
 def expected_tensors(config: ModelConfig, plora: PloraConfig | None) -> dict[str, TensorSpec]:

@@ -1,0 +1,166 @@
+"""What a checkpoint and an image cost, in closed form: one model is known exactly.
+
+FLOPs count a multiply and an add as two.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from wemm.checkpoint.weight_map import TensorSpec, part_of
+from wemm.config import PLORA_LINEARS, ModelConfig, PloraConfig
+from wemm.errors import InsufficientMemoryError
+from wemm.processing.image_processor import ImagePlan, ImageProcessor
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def count_parameters(specs: Iterable[TensorSpec]) -> dict[str, int]:
+    """Parameters by part (vision_tower, downsampler, separators, language_model, plora)."""
+    counts: Counter[str] = Counter()
+    for spec in specs:
+        size = 1
+        for length in spec.shape:
+            size *= length
+        counts[part_of(spec.name)] += size
+    return dict(counts)
+
+
+def kv_bytes_per_token(config: ModelConfig, dtype: str) -> int:
+    """Key and value of one token in every layer."""
+    text = config.text
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * DTYPE_BYTES[dtype]
+
+
+@dataclass(frozen=True)
+class ImageCost:
+    """One image through the model, before any text."""
+
+    plan: ImagePlan
+    kv_bytes: int
+    tower_flops: int
+    tower_attention_flops: int
+    """Part of tower_flops."""
+    downsampler_flops: int
+    prefill_flops: int
+    """Language model with PLoRA over the image tokens."""
+
+
+def image_cost(config: ModelConfig, plora: PloraConfig | None, width: int, height: int, dtype: str) -> ImageCost:
+    """Cost of an image from its width and height alone."""
+    plan = ImageProcessor(config).plan(width, height)
+    vision, down = config.vision, config.downsampler
+    per_patch = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
+    embedding = vision.num_channels * vision.patch_size**2 * vision.hidden_size
+    attention = 4 * plan.num_patches**2 * vision.hidden_size * vision.num_hidden_layers
+    tower = 2 * plan.num_patches * (per_patch * vision.num_hidden_layers + embedding) + attention
+    num_grid = plan.token_grid[0] * plan.token_grid[1]
+    group = down.kernel_size**2 * down.visual_hidden_size * down.llm_hidden_size
+    return ImageCost(
+        plan=plan,
+        kv_bytes=plan.num_tokens * kv_bytes_per_token(config, dtype),
+        tower_flops=tower,
+        tower_attention_flops=attention,
+        downsampler_flops=2 * num_grid * (group + (down.depth - 1) * down.llm_hidden_size**2),
+        prefill_flops=prefill_flops(config, plora, plan.num_tokens, plan.num_tokens),
+    )
+
+
+def prefill_flops(config: ModelConfig, plora: PloraConfig | None, num_tokens: int, num_image_tokens: int) -> int:
+    """Language model over a prompt, logits of the last token included."""
+    text = config.text
+    shapes = {
+        "attention.wqkv": (text.wqkv_out, text.hidden_size),
+        "attention.wo": (text.hidden_size, text.hidden_size),
+        "feed_forward.w1": (text.intermediate_size, text.hidden_size),
+        "feed_forward.w3": (text.intermediate_size, text.hidden_size),
+        "feed_forward.w2": (text.hidden_size, text.intermediate_size),
+    }
+    base = sum(rows * columns for rows, columns in shapes.values())
+    low_rank = sum((sum(shapes[name]) * plora.rank(name)) for name in PLORA_LINEARS) if plora else 0
+    causal_attention = 2 * num_tokens * (num_tokens + 1) * text.hidden_size
+    per_layer = 2 * num_tokens * base + 2 * num_image_tokens * low_rank + causal_attention
+    return per_layer * text.num_hidden_layers + 2 * text.vocab_size * text.hidden_size
+
+
+def activation_bytes(config: ModelConfig, max_num_batched_tokens: int, dtype: str) -> int:
+    """Largest working set of a step, estimated: one largest image in the tower, or one prefill."""
+    size, vision, text = DTYPE_BYTES[dtype], config.vision, config.text
+    edge = max(config.image.fixed_size or (config.image.longest_edge,))
+    patches = ImageProcessor(config).plan(edge, edge).num_patches
+    tower = patches * (2 * vision.intermediate_size * size + vision.hidden_size * (6 * size + 8))
+    prefill = max_num_batched_tokens * (3 * text.intermediate_size * 4 + text.hidden_size * (6 * size + 8))
+    return max(tower, prefill)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How the memory of a device is meant to be used, in bytes."""
+
+    dtype: str
+    weights: int
+    activations: int
+    kv_cache: int
+    kv_tokens: int
+    """Tokens the KV cache holds."""
+    max_model_len: int
+    available: int | None
+
+
+_MIN_MODEL_LEN = 2048
+
+
+def plan_memory(
+    config: ModelConfig,
+    num_parameters: int,
+    dtype: str,
+    available: int | None,
+    max_model_len: int | None,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    block_size: int,
+    kv_cache_memory: int | None,
+) -> MemoryPlan:
+    """Size the KV cache, and max_model_len if it is open. Raises InsufficientMemoryError with the plan."""
+    weights = num_parameters * DTYPE_BYTES[dtype]
+    activations = activation_bytes(config, max_num_batched_tokens, dtype)
+    per_block = kv_bytes_per_token(config, dtype) * block_size
+    longest = max_model_len or config.text.max_position_embeddings
+    least = max_model_len or min(_MIN_MODEL_LEN, config.text.max_position_embeddings)
+    wanted_blocks = -(-longest // block_size) * max_num_seqs
+    least_blocks = -(-least // block_size)
+    if kv_cache_memory is not None:
+        num_blocks = kv_cache_memory // per_block
+        if num_blocks < least_blocks:
+            raise InsufficientMemoryError(
+                f"kv_cache_memory {_gib(kv_cache_memory)} holds {num_blocks * block_size} tokens, but one sequence "
+                f"of {least} needs {_gib(least_blocks * per_block)}; raise --kv-cache-memory or lower --max-model-len"
+            )
+    elif available is None:
+        num_blocks = wanted_blocks
+    else:
+        free = available - weights - activations
+        num_blocks = min(wanted_blocks, max(free // 2 // per_block, least_blocks))
+    needed = weights + activations + num_blocks * per_block
+    if available is not None and needed > available:
+        smaller = " use --dtype bfloat16," if dtype == "float32" else ""
+        raise InsufficientMemoryError(
+            f"not enough memory: weights {_gib(weights)} ({dtype}) + activations {_gib(activations)} + KV cache "
+            f"{_gib(num_blocks * per_block)} ({num_blocks * block_size} tokens) = {_gib(needed)}, but "
+            f"{_gib(available)} are available;{smaller} lower --max-model-len or --kv-cache-memory, or use a larger machine"
+        )
+    return MemoryPlan(
+        dtype=dtype,
+        weights=weights,
+        activations=activations,
+        kv_cache=num_blocks * per_block,
+        kv_tokens=num_blocks * block_size,
+        max_model_len=min(longest, num_blocks * block_size),
+        available=available,
+    )
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**28 else f"{num_bytes / 2**20:.1f} MiB"

@@ -1,0 +1,1 @@
+"""When it is computed: requests, scheduling, caches, sampling, text out."""

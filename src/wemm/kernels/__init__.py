@@ -1,0 +1,22 @@
+"""Fast implementations of `wemm.ops`, one package per device type, same file names as the ops.
+
+`WEMM_KERNELS=none` in the environment keeps them out: every op then runs its definition.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+
+from wemm.errors import ParameterError
+
+
+def load_kernels(device_type: str) -> None:
+    """Attach the kernels of a device type, if it has any. Loading twice changes nothing."""
+    choice = os.environ.get("WEMM_KERNELS", "auto")
+    if choice not in ("auto", "none"):
+        raise ParameterError(f"WEMM_KERNELS must be auto or none. Given: {choice!r}")
+    package = f"{__name__}.{device_type}"
+    if choice == "auto" and importlib.util.find_spec(package) is not None:
+        importlib.import_module(package)

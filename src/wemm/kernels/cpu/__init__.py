@@ -1,0 +1,11 @@
+"""C++ kernels. Without the compiled extension nothing is attached and the definitions run."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+
+if importlib.util.find_spec("wemm.kernels.cpu._kernels") is not None:
+    from wemm.kernels.cpu import rms_norm  # noqa: F401 - attaches itself
+else:
+    logging.getLogger(__name__).info("C++ extension not built: CPU ops run their definitions")

@@ -1,0 +1,90 @@
+// A tensor as it crosses from Python: address, dtype, shape, strides. And the shape contract that
+// every kernel states at its entry, so that Python and C++ cannot disagree silently.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace wemm {
+
+enum class DType : int { float32 = 0, bfloat16 = 1 };  // wemm/kernels/cpu/tensors.py: DTYPE_CODES
+
+using TensorArgument = std::tuple<std::uintptr_t, int, std::vector<std::int64_t>, std::vector<std::int64_t>>;
+
+struct Tensor {
+  std::uintptr_t address;
+  DType dtype;
+  std::vector<std::int64_t> shape;
+  std::vector<std::int64_t> strides;
+
+  explicit Tensor(const TensorArgument& argument)
+      : address(std::get<0>(argument)),
+        dtype(static_cast<DType>(std::get<1>(argument))),
+        shape(std::get<2>(argument)),
+        strides(std::get<3>(argument)) {}
+
+  template <typename T>
+  T* data() const {
+    return reinterpret_cast<T*>(address);
+  }
+};
+
+// Names dimensions as it meets them: a name met again must have the same length.
+//
+//   Contract contract("rms_norm");
+//   contract.expect("x", x, {"rows", "hidden_size"}).expect("weight", weight, {"hidden_size"});
+//   const auto rows = contract["rows"];
+class Contract {
+ public:
+  explicit Contract(std::string kernel) : kernel_(std::move(kernel)) {}
+
+  Contract& expect(const char* name, const Tensor& tensor, std::initializer_list<const char*> dims) {
+    if (tensor.dtype != DType::float32 && tensor.dtype != DType::bfloat16) fail(name, "has an unknown dtype");
+    if (tensor.shape.size() != dims.size() || tensor.strides.size() != dims.size()) {
+      fail(name, "must have " + std::to_string(dims.size()) + " dimensions");
+    }
+    std::size_t i = 0;
+    bool empty = false;
+    for (const char* dim : dims) {
+      const auto [known, added] = lengths_.emplace(dim, tensor.shape[i]);
+      if (!added && known->second != tensor.shape[i]) {
+        fail(name, std::string("has ") + std::to_string(tensor.shape[i]) + " in dimension " + dim + ", not " +
+                       std::to_string(known->second));
+      }
+      empty = empty || tensor.shape[i] == 0;
+      ++i;
+    }
+    if (!empty) {
+      if (tensor.address == 0) fail(name, "is null");
+      std::int64_t stride = 1;
+      for (std::size_t d = dims.size(); d-- > 0; stride *= tensor.shape[d]) {
+        if (tensor.shape[d] > 1 && tensor.strides[d] != stride) fail(name, "must be contiguous");
+      }
+    }
+    return *this;
+  }
+
+  Contract& same_dtype(std::initializer_list<const Tensor*> tensors) {
+    for (const Tensor* tensor : tensors) {
+      if (tensor->dtype != (*tensors.begin())->dtype) throw std::invalid_argument(kernel_ + ": dtypes differ");
+    }
+    return *this;
+  }
+
+  std::int64_t operator[](const char* dim) const { return lengths_.at(dim); }
+
+ private:
+  [[noreturn]] void fail(const char* name, const std::string& rule) const {
+    throw std::invalid_argument(kernel_ + ": " + name + " " + rule);
+  }
+
+  std::string kernel_;
+  std::map<std::string, std::int64_t> lengths_;
+};
+
+}  // namespace wemm

@@ -1,0 +1,1 @@
+"""Building blocks that own their weights and how ranks share them (`shard_dims`)."""

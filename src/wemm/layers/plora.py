@@ -1,0 +1,72 @@
+"""PLoRA linears of the decoder: a base weight and a low-rank update for image tokens.
+
+The base is cut over ranks like any linear; of the two low-rank factors, the one that meets the cut
+dimension is cut with it and the other is whole on every rank. The product with the uncut factor is
+linear in the partial inputs, so one sum over ranks completes base and update together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from wemm.distributed import TensorParallel
+from wemm.ops.linear import linear
+from wemm.ops.plora_linear import plora_linear
+
+
+@dataclass(frozen=True)
+class PloraSpec:
+    """Rank and scaling of one linear's update."""
+
+    rank: int
+    scaling: float
+
+
+class _PloraLinear(nn.Module):
+    def __init__(self, in_size: int, out_size: int, plora: PloraSpec | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_size, in_size))
+        self.scaling = plora.scaling if plora else 0.0
+        self.plora_a: nn.Parameter | None = None
+        self.plora_b: nn.Parameter | None = None
+        if plora is not None:
+            self.plora_a = nn.Parameter(torch.empty(plora.rank, in_size))
+            self.plora_b = nn.Parameter(torch.empty(out_size, plora.rank))
+
+    def forward(self, x: torch.Tensor, image_rows: torch.Tensor | None) -> torch.Tensor:
+        """[num_tokens, in] → [num_tokens, out]; image_rows: int64 [num_image_tokens], None for none."""
+        if image_rows is None or self.plora_a is None or self.plora_b is None:
+            return linear(x, self.weight)
+        return plora_linear(x, self.weight, self.plora_a, self.plora_b, self.scaling, image_rows)
+
+
+class ColumnParallelPloraLinear(_PloraLinear):
+    """Every rank computes its share of the outputs."""
+
+    shard_dims: ClassVar[Mapping[str, int]] = {"weight": 0, "plora_b": 0}
+
+    def __init__(
+        self, in_size: int, out_size: int, plora: PloraSpec | None, tensor_parallel: TensorParallel
+    ) -> None:
+        super().__init__(in_size, tensor_parallel.length(out_size), plora)
+
+
+class RowParallelPloraLinear(_PloraLinear):
+    """Every rank takes its share of the inputs; the results are summed over ranks."""
+
+    shard_dims: ClassVar[Mapping[str, int]] = {"weight": 1, "plora_a": 1}
+
+    def __init__(
+        self, in_size: int, out_size: int, plora: PloraSpec | None, tensor_parallel: TensorParallel
+    ) -> None:
+        super().__init__(tensor_parallel.length(in_size), out_size, plora)
+        self._tensor_parallel = tensor_parallel
+
+    def forward(self, x: torch.Tensor, image_rows: torch.Tensor | None) -> torch.Tensor:
+        """[num_tokens, in / ranks] → [num_tokens, out]."""
+        return self._tensor_parallel.all_reduce(super().forward(x, image_rows))

@@ -1,0 +1,37 @@
+"""What one forward pass needs, all of it: nothing is left on the model between prepare and forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Packed patches of the images of one vision-tower call. Built by engine/vision_encode.py."""
+
+    patches: torch.Tensor  # model dtype [num_patches, 3 * patch_size**2], values in [-1, 1]
+    position_ids: torch.Tensor  # int64 [num_patches], rows of the position table
+    cu_seqlens: torch.Tensor  # int32 [num_images + 1]
+    patch_grids: tuple[tuple[int, int], ...]  # (rows, columns) per image
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokens of one language-model call. Built by engine/prefill.py or engine/decode.py."""
+
+    input_ids: torch.Tensor  # int64 [num_tokens]; image positions hold IMAGE_TOKEN_ID
+    positions: torch.Tensor  # int64 [num_tokens]
+    slot_mapping: torch.Tensor  # int64 [num_tokens], where each token's K/V goes
+    block_tables: torch.Tensor  # int32 [num_seqs, max_blocks], padded with 0
+    seq_lens: torch.Tensor  # int32 [num_seqs], tokens after this call
+    logits_rows: torch.Tensor  # int64 [num_seqs], the row whose logits are wanted
+    cu_seqlens_q: torch.Tensor | None = None  # int32 [num_seqs + 1]; None: decode, one token each
+    image_rows: torch.Tensor | None = None  # int64 [num_image_tokens], rows PLoRA acts on; None: none
+    visual_embeds: torch.Tensor | None = None  # [num_image_tokens, hidden_size], in the order of image_rows
+
+    @property
+    def is_prefill(self) -> bool:
+        """Several new tokens per sequence, against one each in decode."""
+        return self.cu_seqlens_q is not None

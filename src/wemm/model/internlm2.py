@@ -1,0 +1,122 @@
+"""InternLM2 decoder whose linears carry PLoRA."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from wemm.checkpoint.weight_map import plora_linear_name
+from wemm.config import PLORA_LINEARS, PloraConfig, TextConfig
+from wemm.distributed import TensorParallel
+from wemm.layers.embedding import Embedding
+from wemm.layers.linear import ColumnParallelLinear
+from wemm.layers.norm import RMSNorm
+from wemm.layers.plora import ColumnParallelPloraLinear, PloraSpec, RowParallelPloraLinear
+from wemm.layers.rotary_embedding import rotary_angles
+from wemm.model.batch import Batch
+from wemm.ops.decode_attention import decode_attention
+from wemm.ops.prefill_attention import prefill_attention
+from wemm.ops.rotary_embedding import rotary_embedding
+from wemm.ops.silu_and_mul import silu_and_mul
+from wemm.ops.store_kv import store_kv
+
+LayerPlora = dict[str, PloraSpec | None]
+"""PLoRA of one layer's linears, by the names of PLORA_LINEARS."""
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over the paged cache."""
+
+    def __init__(self, config: TextConfig, plora: LayerPlora, tensor_parallel: TensorParallel) -> None:
+        super().__init__()
+        self._num_kv_heads = tensor_parallel.length(config.num_key_value_heads)
+        self._group = config.num_attention_heads // config.num_key_value_heads
+        self._head_dim = config.head_dim
+        # Packed per KV head: its query heads, then its key, then its value; so equal row ranges
+        # are whole groups and ranks cut it like any column-parallel weight.
+        self.wqkv = ColumnParallelPloraLinear(
+            config.hidden_size, config.wqkv_out, plora["attention.wqkv"], tensor_parallel
+        )
+        self.wo = RowParallelPloraLinear(
+            config.hidden_size, config.hidden_size, plora["attention.wo"], tensor_parallel
+        )
+
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: Batch, kv_cache: torch.Tensor
+    ) -> torch.Tensor:
+        """x: [num_tokens, hidden_size], kv_cache: [2, num_blocks, block_size, num_kv_heads, head_dim]."""
+        qkv = self.wqkv(x, batch.image_rows).view(-1, self._num_kv_heads, self._group + 2, self._head_dim)
+        query = rotary_embedding(qkv[:, :, : self._group].flatten(1, 2), cos, sin)
+        key = rotary_embedding(qkv[:, :, self._group], cos, sin)
+        store_kv(key, qkv[:, :, self._group + 1], kv_cache[0], kv_cache[1], batch.slot_mapping)
+        paged = (query, kv_cache[0], kv_cache[1], batch.block_tables)
+        scale = self._head_dim**-0.5
+        if batch.cu_seqlens_q is not None:
+            y = prefill_attention(*paged, batch.cu_seqlens_q, batch.seq_lens, scale)
+        else:
+            y = decode_attention(*paged, batch.seq_lens, scale)
+        return self.wo(y.flatten(1), batch.image_rows)
+
+
+class FeedForward(nn.Module):
+    """w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, config: TextConfig, plora: LayerPlora, tensor_parallel: TensorParallel) -> None:
+        super().__init__()
+        hidden, intermediate = config.hidden_size, config.intermediate_size
+        self.w1 = ColumnParallelPloraLinear(hidden, intermediate, plora["feed_forward.w1"], tensor_parallel)
+        self.w3 = ColumnParallelPloraLinear(hidden, intermediate, plora["feed_forward.w3"], tensor_parallel)
+        self.w2 = RowParallelPloraLinear(intermediate, hidden, plora["feed_forward.w2"], tensor_parallel)
+
+    def forward(self, x: torch.Tensor, image_rows: torch.Tensor | None) -> torch.Tensor:
+        """[num_tokens, hidden_size] → same."""
+        return self.w2(silu_and_mul(self.w1(x, image_rows), self.w3(x, image_rows)), image_rows)
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm block."""
+
+    def __init__(self, config: TextConfig, plora: LayerPlora, tensor_parallel: TensorParallel) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config, plora, tensor_parallel)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.feed_forward = FeedForward(config, plora, tensor_parallel)
+
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: Batch, kv_cache: torch.Tensor
+    ) -> torch.Tensor:
+        """[num_tokens, hidden_size] → same."""
+        x = x + self.attention(self.attention_norm(x), cos, sin, batch, kv_cache)
+        return x + self.feed_forward(self.ffn_norm(x), batch.image_rows)
+
+
+class InternLM2(nn.Module):
+    """Embeddings → hidden states → logits."""
+
+    def __init__(self, config: TextConfig, plora: PloraConfig | None, tensor_parallel: TensorParallel) -> None:
+        super().__init__()
+        self._config = config
+        self.tok_embeddings = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, _layer_plora(plora, i), tensor_parallel) for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.output = ColumnParallelLinear(config.hidden_size, config.vocab_size, tensor_parallel, gather=True)
+
+    def forward(self, x: torch.Tensor, batch: Batch, kv_cache: torch.Tensor) -> torch.Tensor:
+        """Embeddings [num_tokens, hidden_size] → normed hidden states of batch.logits_rows.
+
+        kv_cache: [num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim], written in place.
+        """
+        cos, sin = rotary_angles(batch.positions, self._config)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, batch, kv_cache[i])
+        return self.norm(x[batch.logits_rows])
+
+
+def _layer_plora(plora: PloraConfig | None, layer: int) -> LayerPlora:
+    if plora is None:
+        return dict.fromkeys(PLORA_LINEARS)
+    names = {linear: plora_linear_name(layer, linear) for linear in PLORA_LINEARS}
+    return {linear: PloraSpec(plora.rank(name), plora.scaling(name)) for linear, name in names.items()}

@@ -1,0 +1,119 @@
+"""NaViT (Idefics2/SigLIP) encoder over packed patches of images of any size."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from wemm.config import VisionConfig
+from wemm.layers.embedding import Embedding
+from wemm.layers.linear import Linear
+from wemm.layers.norm import LayerNorm
+from wemm.model.batch import ImageBatch
+from wemm.ops.linear import linear
+from wemm.ops.vision_attention import vision_attention
+
+
+class PatchEmbedding(nn.Module):
+    """A convolution whose stride is its kernel: one product per patch."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        size = config.patch_size
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, config.num_channels, size, size))
+        self.bias = nn.Parameter(torch.empty(config.hidden_size))
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """[num_patches, 3 * patch_size**2] → [num_patches, hidden_size]."""
+        return linear(patches, self.weight.flatten(1), self.bias)
+
+
+class VisionEmbeddings(nn.Module):
+    """Patch plus learned position."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.patch_embedding = PatchEmbedding(config)
+        self.position_embedding = Embedding(config.position_grid**2, config.hidden_size)
+
+    def forward(self, patches: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """→ [num_patches, hidden_size]."""
+        return self.patch_embedding(patches) + self.position_embedding(position_ids)
+
+
+class VisionAttention(nn.Module):
+    """Full attention within each image."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self._num_heads, self._head_dim = config.num_attention_heads, config.head_dim
+        self.q_proj = Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        """[num_patches, hidden_size] → same."""
+        q, k, v = (
+            proj(x).view(-1, self._num_heads, self._head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.out_proj(vision_attention(q, k, v, cu_seqlens, self._head_dim**-0.5).flatten(1))
+
+
+class VisionMLP(nn.Module):
+    """fc2(gelu_tanh(fc1 x))."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[num_patches, hidden_size] → same."""
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class VisionLayer(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.self_attn = VisionAttention(config)
+        self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = VisionMLP(config)
+
+    def forward(self, x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        """[num_patches, hidden_size] → same."""
+        x = x + self.self_attn(self.layer_norm1(x), cu_seqlens)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class VisionEncoder(nn.Module):
+    """All layers."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
+
+    def forward(self, x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        """[num_patches, hidden_size] → same."""
+        for layer in self.layers:
+            x = layer(x, cu_seqlens)
+        return x
+
+
+class VisionTower(nn.Module):
+    """Patches → features; every patch of every layer's end is used, nothing is pooled."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.embeddings = VisionEmbeddings(config)
+        self.encoder = VisionEncoder(config)
+        self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def forward(self, images: ImageBatch) -> torch.Tensor:
+        """→ [num_patches, hidden_size], packed as the patches are."""
+        x = self.embeddings(images.patches, images.position_ids)
+        return self.post_layernorm(self.encoder(x, images.cu_seqlens))

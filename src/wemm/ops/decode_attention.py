@@ -1,0 +1,59 @@
+"""Grouped-query attention of one new token per sequence over the paged cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from wemm.ops.registry import Inputs, op
+
+_BLOCK_SIZE = 16
+
+
+def _cases(inputs: Inputs) -> Mapping[str, tuple[Any, ...]]:
+    def case(*lengths: int, num_kv_heads: int = 2, group: int = 4) -> tuple[Any, ...]:
+        num_blocks = [-(-length // _BLOCK_SIZE) for length in lengths]
+        order = inputs.permutation(sum(num_blocks)).tolist()
+        tables = [[order.pop() for _ in range(n)] + [0] * (max(num_blocks) - n) for n in num_blocks]
+        cache_shape = (sum(num_blocks), _BLOCK_SIZE, num_kv_heads, 128)
+        return (
+            inputs.normal(len(lengths), num_kv_heads * group, 128),
+            inputs.normal(*cache_shape),
+            inputs.normal(*cache_shape),
+            inputs.int32(tables),
+            inputs.int32(lengths),
+            128**-0.5,
+        )
+
+    return {"one sequence": case(300), "mixed lengths": case(1, 17, 160), "no grouping": case(5, 33, group=1)}
+
+
+@op(_cases)
+def decode_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Token i attends to the seq_lens[i] tokens of its sequence, itself included; softmax in float32.
+
+    query: [num_seqs, num_heads, head_dim], caches: [num_blocks, block_size, num_kv_heads, head_dim],
+    block_tables: int32 [num_seqs, max_blocks], seq_lens: int32 [num_seqs] → like query.
+    """
+    num_kv_heads, head_dim = key_cache.shape[2:]
+    outputs = []
+    for i, seq_len in enumerate(seq_lens.tolist()):
+        blocks = block_tables[i, : -(-seq_len // key_cache.shape[1])].long()
+        k, v = (
+            cache[blocks].view(-1, num_kv_heads, head_dim)[:seq_len].transpose(0, 1)
+            for cache in (key_cache, value_cache)
+        )  # [num_kv_heads, seq_len, head_dim]
+        # The query heads of a group attend to the same keys: they are the queries of one KV head.
+        q = query[i].view(num_kv_heads, -1, head_dim)
+        outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scale).view(-1, head_dim))
+    return torch.stack(outputs)

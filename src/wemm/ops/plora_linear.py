@@ -1,0 +1,46 @@
+"""PLoRA: a linear whose low-rank update acts on image tokens only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from wemm.ops.registry import TOLERANCES, Inputs, Tolerance, op
+
+
+def _cases(inputs: Inputs) -> Mapping[str, tuple[Any, ...]]:
+    weight = inputs.normal(768, 512, scale=512**-0.5)
+    plora_a, plora_b = inputs.normal(64, 512, scale=512**-0.5), inputs.normal(768, 64, scale=64**-0.5)
+    x = inputs.normal(96, 512)
+    rows = inputs.permutation(96)[:50].sort().values
+    return {
+        "image and text": (x, weight, plora_a, plora_b, 2.0, rows),
+        "image only": (x, weight, plora_a, plora_b, 1.0, torch.arange(96, device=inputs.device)),
+        "text only": (x, weight, plora_a, plora_b, 1.0, rows[:0]),
+    }
+
+
+# The base product and the update are each rounded before they are added: two more roundings.
+@op(
+    _cases,
+    tolerances={d: Tolerance(TOLERANCES[d].rtol * 2, TOLERANCES[d].atol * 2) for d in (torch.bfloat16, torch.float16)},
+)
+def plora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    plora_a: torch.Tensor,
+    plora_b: torch.Tensor,
+    scaling: float,
+    image_rows: torch.Tensor,
+) -> torch.Tensor:
+    """weight x + scaling * B(A x), the second term on `image_rows` only.
+
+    x: [num_tokens, in], weight: [out, in], plora_a: [r, in], plora_b: [out, r],
+    image_rows: int64 [num_image_tokens], distinct → [num_tokens, out].
+    """
+    y = F.linear(x, weight)
+    update = F.linear(F.linear(x[image_rows], plora_a) * scaling, plora_b)
+    return y.index_add(0, image_rows, update)

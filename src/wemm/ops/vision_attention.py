@@ -1,0 +1,40 @@
+"""Full bidirectional attention of the vision tower over packed images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from wemm.ops.registry import Inputs, op
+
+
+def _cases(inputs: Inputs) -> Mapping[str, tuple[Any, ...]]:
+    def case(*lengths: int) -> tuple[Any, ...]:
+        shape = (sum(lengths), 4, 72)
+        bounds = [0]
+        for length in lengths:
+            bounds.append(bounds[-1] + length)
+        query, key, value = (inputs.normal(*shape) for _ in range(3))
+        return query, key, value, inputs.int32(bounds), 72**-0.5
+
+    return {"one image": case(403), "three images": case(180, 1, 77)}
+
+
+@op(_cases)
+def vision_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """softmax(q k^T * scale) v within each image, softmax in float32.
+
+    query, key, value: [num_patches, num_heads, head_dim], image i being rows
+    cu_seqlens[i]:cu_seqlens[i+1] (int32 [num_images + 1]) → like query.
+    """
+    outputs = []
+    bounds = cu_seqlens.tolist()
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        q, k, v = (x[start:stop].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+        outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scale)[0].transpose(0, 1))
+    return torch.cat(outputs)

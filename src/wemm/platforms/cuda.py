@@ -1,0 +1,25 @@
+"""NVIDIA GPUs."""
+
+from __future__ import annotations
+
+import torch
+
+from wemm.platforms.base import Platform
+
+
+class CudaPlatform(Platform):
+    """One CUDA device."""
+
+    def available_memory(self) -> int | None:
+        """Bytes the driver has free."""
+        return torch.cuda.mem_get_info(self.device)[0]
+
+    def preferred_dtype(self, checkpoint_dtype: str) -> str:
+        """float16 where bfloat16 is not native (before Ampere)."""
+        if checkpoint_dtype == "bfloat16" and torch.cuda.get_device_capability(self.device) < (8, 0):
+            return "float16"
+        return checkpoint_dtype
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        torch.cuda.synchronize(self.device)
