@@ -359,7 +359,8 @@ PRESETS: Mapping[str, tuple[ModelConfig, PloraConfig]] = {
 """Architectures that can be built without files (`--load-format dummy`, `wemm info`)."""
 
 
-def _option(default: Any, text: str) -> Any:
+def option(default: Any, text: str) -> Any:
+    """A dataclass field whose text is also the `--help` of the command-line option."""
     return field(default=default, metadata={"help": text})
 
 
@@ -370,26 +371,28 @@ class EngineConfig:
     model: str = field(
         metadata={"help": "Checkpoint directory, hub id, bundled name (tiny) or preset (wemm-chat-2k-cn)."}
     )
-    dtype: str = _option(
-        "auto", "auto, float32, bfloat16 or float16. auto: the checkpoint's own; on a CPU bfloat16 for float16."
+    dtype: str = option(
+        "auto",
+        "auto, float32, bfloat16 or float16. auto: the checkpoint's own; on a CPU bfloat16 for float16.",
     )
-    device: str = _option("auto", "auto, cpu, cuda, cuda:1 or any other torch device. auto: cuda if present.")
-    tensor_parallel_size: int = _option(1, "Ranks that share the weights. Only 1 in this version.")
-    max_model_len: int | None = _option(
+    device: str = option("auto", "auto, cpu, cuda, cuda:1 or any other torch device. auto: cuda if present.")
+    tensor_parallel_size: int = option(1, "Ranks that share the weights. Only 1 in this version.")
+    max_model_len: int | None = option(
         None, "Tokens of prompt and answer together at most. Default: what the model and the memory allow."
     )
-    max_num_seqs: int = _option(64, "Sequences computed together at most.")
-    max_num_batched_tokens: int = _option(
+    max_num_seqs: int = option(64, "Sequences computed together at most.")
+    max_num_batched_tokens: int = option(
         4096, "Prompt tokens computed in one step at most; a longer prompt is computed alone."
     )
-    block_size: int = _option(16, "Tokens per KV cache block.")
-    kv_cache_memory: int | None = _option(
-        None, "Bytes for the KV cache (4GiB, 512MiB, …). Default: what the sequences need, up to half of what is free."
+    block_size: int = option(16, "Tokens per KV cache block.")
+    kv_cache_memory: int | None = option(
+        None,
+        "Bytes for the KV cache (4GiB, 512MiB, …). Default: what the sequences need, up to half of what is free.",
     )
-    load_format: str = _option("auto", "auto: read the weights; dummy: build the architecture with random weights.")
-    seed: int = _option(0, "Seed of requests that bring none of their own.")
-    plora: bool = _option(True, "Apply PLoRA to image tokens. Turning it off changes answers.")
-    reference_image_mode: bool = _option(
+    load_format: str = option("auto", "auto: read the weights; dummy: build the architecture with random weights.")
+    seed: int = option(0, "Seed of requests that bring none of their own.")
+    plora: bool = option(True, "Apply PLoRA to image tokens. Turning it off changes answers.")
+    reference_image_mode: bool = option(
         False, "Treat images exactly as the original: ignore EXIF orientation, drop alpha, clip 16-bit."
     )
 
@@ -402,7 +405,13 @@ class EngineConfig:
             raise ParameterError(
                 f"tensor_parallel_size must be 1 in this version. Given: {self.tensor_parallel_size!r}"
             )
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "kv_cache_memory"):
+        for name in (
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "block_size",
+            "kv_cache_memory",
+        ):
             value = getattr(self, name)
             if value is None and name in ("max_model_len", "kv_cache_memory"):
                 continue

@@ -135,8 +135,9 @@ def plan_memory(
         num_blocks = kv_cache_memory // per_block
         if num_blocks < least_blocks:
             raise InsufficientMemoryError(
-                f"kv_cache_memory {_gib(kv_cache_memory)} holds {num_blocks * block_size} tokens, but one sequence "
-                f"of {least} needs {_gib(least_blocks * per_block)}; raise --kv-cache-memory or lower --max-model-len"
+                f"kv_cache_memory {_size(kv_cache_memory)} holds {num_blocks * block_size} tokens, but one "
+                f"sequence of {least} needs {_size(least_blocks * per_block)}; raise --kv-cache-memory "
+                "or lower --max-model-len"
             )
     elif available is None:
         num_blocks = wanted_blocks
@@ -147,9 +148,10 @@ def plan_memory(
     if available is not None and needed > available:
         smaller = " use --dtype bfloat16," if dtype == "float32" else ""
         raise InsufficientMemoryError(
-            f"not enough memory: weights {_gib(weights)} ({dtype}) + activations {_gib(activations)} + KV cache "
-            f"{_gib(num_blocks * per_block)} ({num_blocks * block_size} tokens) = {_gib(needed)}, but "
-            f"{_gib(available)} are available;{smaller} lower --max-model-len or --kv-cache-memory, or use a larger machine"
+            f"not enough memory: weights {_size(weights)} ({dtype}) + activations {_size(activations)} + KV "
+            f"cache {_size(num_blocks * per_block)} ({num_blocks * block_size} tokens) = {_size(needed)}, but "
+            f"{_size(available)} are available;{smaller} lower --max-model-len or --kv-cache-memory, "
+            "or use a larger machine"
         )
     return MemoryPlan(
         dtype=dtype,
@@ -162,5 +164,8 @@ def plan_memory(
     )
 
 
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**28 else f"{num_bytes / 2**20:.1f} MiB"
+def _size(num_bytes: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if num_bytes >= size / 10:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes} bytes"

@@ -1,20 +1,20 @@
 """Every exception that leaves the package, and whose fault it is.
 
-    WemmError
-    ├── ClientError                     the caller can mend it; the message names value and remedy
-    │   ├── ModelNotFoundError          no checkpoint under that name
-    │   ├── CheckpointError             files that are missing, damaged or do not fit together
-    │   │   └── ConfigError             a JSON file says something impossible or unsupported
-    │   ├── MediaError                  bytes that are not an acceptable image
-    │   ├── PromptError                 messages that do not make a prompt
-    │   │   └── PromptTooLongError      more tokens than max_model_len
-    │   ├── ParameterError              an option or sampling parameter out of range
-    │   ├── DeviceError                 unknown or absent device
-    │   ├── InsufficientMemoryError     the plan does not fit; the message is the plan
-    │   └── StorageError                the disk refused: full, not writable, already there
-    └── EngineError                     ours, or the weights'
-        ├── NumericalError              NaN or Inf left a stage; the message names the stage
-        └── IntegrityError              an invariant of the engine is broken
+WemmError
+├── ClientError                     the caller can mend it; the message names value and remedy
+│   ├── ModelNotFoundError          no checkpoint under that name
+│   ├── CheckpointError             files that are missing, damaged or do not fit together
+│   │   └── ConfigError             a JSON file says something impossible or unsupported
+│   ├── MediaError                  bytes that are not an acceptable image
+│   ├── PromptError                 messages that do not make a prompt
+│   │   └── PromptTooLongError      more tokens than max_model_len
+│   ├── ParameterError              an option or sampling parameter out of range
+│   ├── DeviceError                 unknown or absent device
+│   ├── InsufficientMemoryError     the plan does not fit; the message is the plan
+│   └── StorageError                the disk refused: full, not writable, already there
+└── EngineError                     ours, or the weights'
+    ├── NumericalError              NaN or Inf left a stage; the message names the stage
+    └── IntegrityError              an invariant of the engine is broken
 """
 
 from __future__ import annotations

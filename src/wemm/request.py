@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from wemm.config import option
 from wemm.errors import ParameterError, WemmError
 
 MAX_LOGPROBS = 20
@@ -47,36 +48,29 @@ class SamplingParams:
     Every value is checked at construction; ParameterError names the value and the rule.
     """
 
-    n: int = 1
-    """Answers drawn independently for the prompt."""
-    temperature: float = 0.0
-    """0 is greedy: the most probable token, always."""
-    top_p: float = 1.0
-    """Keep the smallest set of tokens whose probabilities sum to this."""
-    top_k: int = 0
-    """Keep this many tokens; 0 or -1 keeps all."""
-    min_p: float = 0.0
-    """Drop tokens less probable than this share of the most probable one."""
-    repetition_penalty: float = 1.0
-    """Divides (multiplies) positive (negative) logits of tokens seen in prompt or answer."""
-    presence_penalty: float = 0.0
-    """Subtracted once from the logit of every token of the answer so far."""
-    frequency_penalty: float = 0.0
-    """Subtracted per occurrence from the logit of every token of the answer so far."""
-    seed: int | None = None
-    """Same seed, same answer, whatever else is computed beside it."""
-    stop: Sequence[str] | str | None = None
-    """The answer ends before the first of these strings."""
-    stop_token_ids: Sequence[int] | None = None
-    """The answer ends at one of these tokens, besides the model's own end token."""
-    max_tokens: int = 256
-    """Tokens of the answer at most; also bounded by what max_model_len leaves."""
-    ignore_eos: bool = False
-    """Go on after the model's own end token."""
-    logprobs: int | None = None
-    """Return the log probabilities of this many most probable tokens, and of the chosen one."""
-    skip_special_tokens: bool = True
-    """Leave control tokens out of the text."""
+    n: int = option(1, "Answers drawn independently for the prompt.")
+    temperature: float = option(0.0, "0 is greedy: the most probable token, always.")
+    top_p: float = option(1.0, "Keep the smallest set of tokens whose probabilities sum to this.")
+    top_k: int = option(0, "Keep this many tokens; 0 or -1 keeps all.")
+    min_p: float = option(0.0, "Drop tokens less probable than this share of the most probable one.")
+    repetition_penalty: float = option(
+        1.0, "Divides (multiplies) positive (negative) logits of tokens seen in prompt or answer."
+    )
+    presence_penalty: float = option(0.0, "Subtracted once from the logit of every token of the answer so far.")
+    frequency_penalty: float = option(
+        0.0, "Subtracted per occurrence from the logit of every token of the answer so far."
+    )
+    seed: int | None = option(None, "Same seed, same answer, whatever else is computed beside it.")
+    stop: Sequence[str] | str | None = option(None, "The answer ends before the first of these strings.")
+    stop_token_ids: Sequence[int] | None = option(
+        None, "The answer ends at one of these tokens, besides the model's own end token."
+    )
+    max_tokens: int = option(256, "Tokens of the answer at most; also bounded by what max_model_len leaves.")
+    ignore_eos: bool = option(False, "Go on after the model's own end token.")
+    logprobs: int | None = option(
+        None, "Return the log probabilities of this many most probable tokens, and of the chosen one."
+    )
+    skip_special_tokens: bool = option(True, "Leave control tokens out of the text.")
 
     def __post_init__(self) -> None:
         _check_integer("n", self.n, 1, MAX_N)

@@ -127,9 +127,7 @@ def open_checkpoint(directory: Path, use_plora: bool = True) -> Checkpoint:
     return Checkpoint(directory, config, adapter, tensors, specs)
 
 
-def _check_names(
-    directory: Path, specs: Mapping[str, TensorSpec], tensors: Mapping[str, StoredTensor]
-) -> None:
+def _check_names(directory: Path, specs: Mapping[str, TensorSpec], tensors: Mapping[str, StoredTensor]) -> None:
     missing = [name for name in specs if name not in tensors]
     unexpected = [name for name in tensors if name not in specs]
     if missing and all(is_plora(name) for name in missing) and not unexpected:

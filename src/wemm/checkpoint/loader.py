@@ -55,7 +55,11 @@ def load_weights(
 
 
 def load_dummy_weights(
-    model: nn.Module, dtype: torch.dtype, device: torch.device, seed: int = 0, progress: Progress = lambda _: None
+    model: nn.Module,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+    progress: Progress = lambda _: None,
 ) -> None:
     """Fill a model built on the meta device with repeatable random weights, directly in `dtype`.
 

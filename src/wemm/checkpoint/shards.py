@@ -88,7 +88,9 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
         with open_shard(path) as shard:
             for name in shard.keys():  # noqa: SIM118 - a handle, not a mapping
                 entry = shard.get_slice(name)
-                tensor = StoredTensor(canonical_name(name), name, path, entry.get_dtype(), tuple(entry.get_shape()))
+                tensor = StoredTensor(
+                    canonical_name(name), name, path, entry.get_dtype(), tuple(entry.get_shape())
+                )
                 if tensor.key in found:
                     raise CheckpointError(
                         f"{tensor.key} is stored twice: in {found[tensor.key].file.name} and {path.name}"

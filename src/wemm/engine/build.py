@@ -70,16 +70,20 @@ def find_source(config: EngineConfig) -> Source:
             raise ParameterError(
                 f"{config.model!r} is a preset without weights: add --load-format dummy, or give a directory"
             )
-        model_config, plora = PRESETS[config.model]
-        dtype = model_config.dtype or "float32"
-        return Source(model_config, plora if config.plora else None, dtype, _DUMMY_TOKENIZER, None)
+        return _random_weights(*PRESETS[config.model], config, _DUMMY_TOKENIZER)
     directory = locate(config.model)
     if config.load_format == "dummy":
         model_config = read_config(directory)
-        plora = model_config.lora_cfg if config.plora else None
-        return Source(model_config, plora, model_config.dtype or "float32", directory, None)
+        return _random_weights(model_config, model_config.lora_cfg, config, directory)
     checkpoint = open_checkpoint(directory, config.plora)
     return Source(checkpoint.config, checkpoint.plora, checkpoint.dtype, directory, checkpoint)
+
+
+def _random_weights(
+    model_config: ModelConfig, plora: PloraConfig | None, config: EngineConfig, tokenizer_directory: Path
+) -> Source:
+    dtype = model_config.dtype or "float32"
+    return Source(model_config, plora if config.plora else None, dtype, tokenizer_directory, None)
 
 
 def build_engine(config: EngineConfig, progress: ProgressBar) -> BuiltEngine:
@@ -90,7 +94,8 @@ def build_engine(config: EngineConfig, progress: ProgressBar) -> BuiltEngine:
     text = source.config.text
     if tokenizer.vocab_size > text.vocab_size or max(tokenizer.control_ids.values()) >= text.vocab_size:
         raise CheckpointError(
-            f"{source.tokenizer_directory}: the tokenizer has ids beyond vocab_size {text.vocab_size} of config.json"
+            f"{source.tokenizer_directory}: the tokenizer has ids beyond vocab_size {text.vocab_size} "
+            "of config.json"
         )
     if config.max_model_len is not None and not 2 <= config.max_model_len <= text.max_position_embeddings:
         raise ParameterError(
@@ -131,7 +136,11 @@ def build_engine(config: EngineConfig, progress: ProgressBar) -> BuiltEngine:
             config.max_num_batched_tokens,
         ),
         processor=Processor(
-            tokenizer, ImageProcessor(source.config), plan.max_model_len - 1, text.vocab_size, config.reference_image_mode
+            tokenizer,
+            ImageProcessor(source.config),
+            plan.max_model_len - 1,
+            text.vocab_size,
+            config.reference_image_mode,
         ),
         tokenizer=tokenizer,
         source=source,

@@ -12,9 +12,7 @@ from wemm.engine.scheduler import ScheduledSequence
 from wemm.model.batch import Batch
 
 
-def decode_batch(
-    scheduled: Sequence[ScheduledSequence], kv_cache: KVCacheManager, device: torch.device
-) -> Batch:
+def decode_batch(scheduled: Sequence[ScheduledSequence], kv_cache: KVCacheManager, device: torch.device) -> Batch:
     """The newest token of every sequence."""
     newest = [entry.sequence.num_computed_tokens for entry in scheduled]
     slots = [kv_cache.slot(e.sequence.seq_id, p) for e, p in zip(scheduled, newest, strict=True)]

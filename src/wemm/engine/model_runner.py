@@ -19,7 +19,13 @@ class ModelRunner:
     """Runs the model on its platform's device."""
 
     def __init__(
-        self, model: WemmModel, config: ModelConfig, platform: Platform, dtype: torch.dtype, num_blocks: int, block_size: int
+        self,
+        model: WemmModel,
+        config: ModelConfig,
+        platform: Platform,
+        dtype: torch.dtype,
+        num_blocks: int,
+        block_size: int,
     ) -> None:
         text = config.text
         self._model = model

@@ -56,7 +56,10 @@ def _choose(logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:
 
 
 def apply_penalties(
-    logits: torch.Tensor, prompt_token_ids: Sequences[int], output_token_ids: Sequences[int], params: SamplingParams
+    logits: torch.Tensor,
+    prompt_token_ids: Sequences[int],
+    output_token_ids: Sequences[int],
+    params: SamplingParams,
 ) -> torch.Tensor:
     """Logits [vocab_size] after repetition, presence and frequency penalties; image positions do not count."""
     repeats = params.repetition_penalty != 1

@@ -29,9 +29,7 @@ class WemmModel(nn.Module):
         self.separator_embedding = Embedding(config.num_separators, config.text.hidden_size)
         self.language_model = InternLM2(config.text, plora, tensor_parallel)
 
-    def visual_embeds(
-        self, features: torch.Tensor, patch_grids: Sequence[tuple[int, int]]
-    ) -> list[torch.Tensor]:
+    def visual_embeds(self, features: torch.Tensor, patch_grids: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
         """Tower features [num_patches, vision hidden] → per image [num_tokens, hidden_size].
 
         Separator row 0, the grid tokens row-major, separator row 1.

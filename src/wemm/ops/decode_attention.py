@@ -50,10 +50,10 @@ def decode_attention(
     for i, seq_len in enumerate(seq_lens.tolist()):
         blocks = block_tables[i, : -(-seq_len // key_cache.shape[1])].long()
         k, v = (
-            cache[blocks].view(-1, num_kv_heads, head_dim)[:seq_len].transpose(0, 1)
+            cache[blocks].view(-1, num_kv_heads, head_dim)[:seq_len].transpose(0, 1).unsqueeze(0)
             for cache in (key_cache, value_cache)
-        )  # [num_kv_heads, seq_len, head_dim]
+        )  # [1, num_kv_heads, seq_len, head_dim]
         # The query heads of a group attend to the same keys: they are the queries of one KV head.
-        q = query[i].view(num_kv_heads, -1, head_dim)
+        q = query[i].view(1, num_kv_heads, -1, head_dim)
         outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scale).view(-1, head_dim))
     return torch.stack(outputs)

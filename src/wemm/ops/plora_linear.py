@@ -26,7 +26,9 @@ def _cases(inputs: Inputs) -> Mapping[str, tuple[Any, ...]]:
 # The base product and the update are each rounded before they are added: two more roundings.
 @op(
     _cases,
-    tolerances={d: Tolerance(TOLERANCES[d].rtol * 2, TOLERANCES[d].atol * 2) for d in (torch.bfloat16, torch.float16)},
+    tolerances={
+        d: Tolerance(TOLERANCES[d].rtol * 2, TOLERANCES[d].atol * 2) for d in (torch.bfloat16, torch.float16)
+    },
 )
 def plora_linear(
     x: torch.Tensor,

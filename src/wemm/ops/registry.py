@@ -1,10 +1,10 @@
 """Ops, the kernels attached to them, and the tolerance each must meet.
 
-    @op(cases=_cases)                       # ops/rms_norm.py: the definition
-    def rms_norm(x, weight, eps): ...
+@op(cases=_cases)                       # ops/rms_norm.py: the definition
+def rms_norm(x, weight, eps): ...
 
-    @rms_norm.impl("cpp", device="cpu", supports=_supports)      # kernels/cpu/rms_norm.py
-    def _(x, weight, eps): ...
+@rms_norm.impl("cpp", device="cpu", supports=_supports)      # kernels/cpu/rms_norm.py
+def _(x, weight, eps): ...
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -33,8 +34,7 @@ def vision_attention(
     cu_seqlens[i]:cu_seqlens[i+1] (int32 [num_images + 1]) → like query.
     """
     outputs = []
-    bounds = cu_seqlens.tolist()
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(cu_seqlens.tolist()):
         q, k, v = (x[start:stop].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
         outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scale)[0].transpose(0, 1))
     return torch.cat(outputs)

@@ -69,7 +69,7 @@ class ImageProcessor:
         plan = self.plan(image.width, image.height)
         pixels = np.array(image.resize(plan.resized, Image.Resampling.BILINEAR))
         digest = hashlib.sha256(f"{pixels.shape}".encode())
-        digest.update(pixels)
+        digest.update(pixels.tobytes())
         return ProcessedImage(torch.from_numpy(pixels), plan, digest.hexdigest())
 
 

@@ -23,7 +23,16 @@ MAX_IMAGE_BYTES = 100 * 2**20
 MAX_IMAGE_PIXELS = 100_000_000
 """The original's own limits: 100 MB of file, 10000 x 10000 pixels."""
 
-_DECODE_ERRORS = (OSError, ValueError, SyntaxError, struct.error, zlib.error, EOFError, IndexError, MemoryError)
+_DECODE_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    struct.error,
+    zlib.error,
+    EOFError,
+    IndexError,
+    MemoryError,
+)
 
 
 def open_image(source: Any, reference_image_mode: bool = False) -> Image.Image:
@@ -126,7 +135,9 @@ def _upright(image: Image.Image) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # 16-bit grey: the high byte, as Pillow itself does for 16-bit colour.
-        return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 0xFFFF) >> 8).astype(np.uint8)).convert("RGB")
+        return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 0xFFFF) >> 8).astype(np.uint8)).convert(
+            "RGB"
+        )
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))

@@ -1,0 +1,49 @@
+# Every target sets up what it needs. A fresh machine needs Python >= 3.10, and a C++ compiler for the kernels.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+# gpu-check runs wherever torch, triton and pytest are, with or without `make setup`.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+.PHONY: help setup demo check test test-slow bench gpu-check clean
+
+help:             ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/  /'
+
+setup: $(INSTALLED)  ## .venv with the package, its C++ kernels and the development tools
+
+$(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/wemm/kernels/cpu/csrc/*)
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "setup: installing torch (a few minutes on a slow connection)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@echo "setup: building and installing wemm"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup       ## an answer about an image of this repository, from the bundled checkpoint
+	$(BIN)/wemm generate --model tiny --image docs/images/demo.png --prompt "图中有什么？" --max-tokens 32
+	@echo "(tiny has random weights: it shows that every stage runs, not what the model can say)"
+
+check: setup      ## lint, types, import direction
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: setup       ## the fast tests
+	$(BIN)/python -m pytest
+
+test-slow: setup  ## tests that take minutes or gigabytes
+	$(BIN)/python -m pytest -m slow
+
+bench: setup      ## every op and kernel against its ceiling
+	$(BIN)/wemm bench ops
+
+gpu-check:        ## device tests and op benchmark on the accelerator of this machine
+	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
+	  || { echo "gpu-check: no accelerator here, nothing was checked"; exit 1; }
+	PYTHONPATH=src $(GPU_PYTHON) -m pytest tests/device -m device -W ignore -p no:cacheprovider
+	PYTHONPATH=src $(GPU_PYTHON) -m wemm bench ops --device cuda
+
+clean:            ## remove what setup made
+	rm -rf .venv build

@@ -1,0 +1,8 @@
+"""`python -m wemm` is `wemm`."""
+
+import sys
+
+from wemm.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Speed, always against a ceiling measured in the same run."""

@@ -1,0 +1,225 @@
+"""Hub checkpoint → renamed checkpoint: one spelling, one dtype, every side file written.
+
+Tensor by tensor, so memory stays below one shard. The result appears under its final name complete
+or not at all.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from wemm.checkpoint.adapter import ADAPTER_CONFIG_NAME, ADAPTER_ID, ADAPTER_MAP_NAME
+from wemm.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from wemm.checkpoint.shards import INDEX_NAME, StoredTensor, open_shard, read_json, stored_tensors
+from wemm.checkpoint.weight_map import expected_tensors, plora_linears
+from wemm.config import DTYPES, PloraConfig
+from wemm.errors import ParameterError, StorageError
+from wemm.progress import Advance, ProgressBar, silent
+
+_STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_WRITTEN_HERE = (INDEX_NAME, "config.json", ADAPTER_CONFIG_NAME, ADAPTER_MAP_NAME)
+_SIDE_FILES = ("*.json", "tokenizer.model", "LICENSE*", "README*")
+_HEADER_ROOM = 2**20
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion wrote."""
+
+    directory: Path
+    num_tensors: int
+    num_bytes: int
+    num_shards: int
+
+
+def convert(
+    source: Path, target: Path, dtype: str | None = None, force: bool = False, progress: ProgressBar = silent
+) -> Converted:
+    """Write `source` to `target` with renamed tensors in `dtype` (default: the source's own).
+
+    Raises CheckpointError if the source is not complete, StorageError if the target exists (unless
+    `force`), the disk is too small or refuses.
+    """
+    if dtype not in (None, *DTYPES):
+        raise ParameterError(f"dtype must be {', '.join(DTYPES)}. Given: {dtype!r}")
+    checkpoint = open_checkpoint(source)
+    dtype = dtype or checkpoint.dtype
+    target = target.expanduser().absolute()
+    _check_target(checkpoint, target, force)
+    with _storage_errors(target), _new_directory(target, force) as partial:
+        _check_free_space(checkpoint, dtype, partial)
+        shards = _plan_shards(checkpoint)
+        total = sum(_num_bytes(t, dtype) for tensors in shards.values() for t in tensors)
+        with progress("converting", total, "bytes") as advance:
+            for name, tensors in shards.items():
+                _write_shard(partial / name, tensors, dtype, advance)
+        _write_json(partial / INDEX_NAME, {
+            "metadata": {"total_size": total},
+            "weight_map": {t.key: name for name, tensors in sorted(shards.items()) for t in tensors},
+        })  # fmt: skip
+        _write_side_files(checkpoint, dtype, partial, target)
+        _verify(partial, checkpoint, dtype)
+    return Converted(target, len(checkpoint.tensors), total, len(shards))
+
+
+def _check_target(checkpoint: Checkpoint, target: Path, force: bool) -> None:
+    if target.exists() and target.samefile(checkpoint.directory):
+        raise StorageError(f"{target} is the source itself; give another directory")
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise StorageError(f"{target} exists and is not a directory; give another name")
+    if target.exists() and not force:
+        raise StorageError(f"{target} exists; give another directory, or --force to replace it")
+    if force and target.exists() and not (target / "config.json").exists() and any(target.iterdir()):
+        raise StorageError(f"{target} holds something else than a checkpoint; it is not replaced even by --force")
+
+
+@contextmanager
+def _storage_errors(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            reason = "the disk is full"
+        else:
+            reason = error.strerror or str(error)
+        raise StorageError(f"cannot write {target}: {reason}; nothing was left under that name") from None
+
+
+@contextmanager
+def _new_directory(target: Path, force: bool) -> Iterator[Path]:
+    """A temporary sibling that takes the final name only if the body succeeds."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    try:
+        partial.chmod(0o755)
+        yield partial
+        _sync(partial)
+        if force and target.exists():
+            replaced = partial.with_name(partial.name.replace(".partial-", ".replaced-"))
+            target.rename(replaced)
+            partial.rename(target)
+            shutil.rmtree(replaced)
+        else:
+            partial.rename(target)
+        _sync(target.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _check_free_space(checkpoint: Checkpoint, dtype: str, directory: Path) -> None:
+    needed = sum(_num_bytes(tensor, dtype) for tensor in checkpoint.tensors.values()) + _HEADER_ROOM
+    needed += sum(path.stat().st_size for path in _side_files(checkpoint.directory))
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise StorageError(
+            f"{directory.parent}: {needed / 2**30:.2f} GiB needed, {free / 2**30:.2f} GiB free; "
+            "free some space or choose another disk"
+        )
+
+
+def _plan_shards(checkpoint: Checkpoint) -> dict[str, list[StoredTensor]]:
+    """Tensors grouped as they lie in the source; the low-rank factors of an adapter directory come last."""
+    files = sorted(
+        {t.file for t in checkpoint.tensors.values()}, key=lambda f: (f.parent != checkpoint.directory, f)
+    )
+    names = {file: f"model-{i:05d}-of-{len(files):05d}.safetensors" for i, file in enumerate(files, start=1)}
+    shards: dict[str, list[StoredTensor]] = {names[file]: [] for file in files}
+    for tensor in checkpoint.tensors.values():
+        shards[names[tensor.file]].append(tensor)
+    return shards
+
+
+def _num_bytes(tensor: StoredTensor, dtype: str) -> int:
+    size = torch.empty((), dtype=getattr(torch, dtype)).element_size()
+    for length in tensor.shape:
+        size *= length
+    return size
+
+
+def _write_shard(path: Path, tensors: list[StoredTensor], dtype: str, advance: Advance) -> None:
+    # safetensors' own save_file wants the whole shard in memory; the format is a length, a JSON
+    # header and the data, so it is written here and read back by the library in _verify.
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        end = offset + _num_bytes(tensor, dtype)
+        header[tensor.key] = {
+            "dtype": _STORED[dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as out, open_shard(tensors[0].file) as shard:
+        out.write(struct.pack("<Q", len(encoded)) + encoded)
+        for tensor in tensors:
+            value = shard.get_tensor(tensor.name).to(getattr(torch, dtype)).contiguous()
+            out.write(value.view(-1).view(torch.uint8).numpy())
+            advance(value.numel() * value.element_size())
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _write_side_files(checkpoint: Checkpoint, dtype: str, partial: Path, target: Path) -> None:
+    for path in _side_files(checkpoint.directory):
+        shutil.copyfile(path, partial / path.name)
+    config = read_json(checkpoint.directory / "config.json")
+    config |= {"model_type": "wemm", "torch_dtype": dtype, "tokenizer_path": str(target)}
+    config["text_config"] = {**config["text_config"], "torch_dtype": dtype}
+    config.pop("auto_map", None)  # names code files of the hub that are not copied and never run
+    _write_json(partial / "config.json", config)
+    assert checkpoint.plora is not None  # opened with PLoRA
+    _write_json(partial / ADAPTER_CONFIG_NAME, _adapter_config(checkpoint, checkpoint.plora))
+    _write_json(partial / ADAPTER_MAP_NAME, {ADAPTER_ID: str(target)})
+
+
+def _adapter_config(checkpoint: Checkpoint, plora: PloraConfig) -> Mapping[str, object]:
+    return {
+        "peft_type": "LORA",
+        "r": plora.r,
+        "lora_alpha": int(plora.alpha) if plora.alpha == int(plora.alpha) else plora.alpha,
+        "use_rslora": plora.use_rslora,
+        "rank_pattern": dict(plora.rank_pattern),
+        "alpha_pattern": dict(plora.alpha_pattern),
+        "target_modules": sorted({name.rsplit(".", 1)[1] for name in plora_linears(checkpoint.config)}),
+    }
+
+
+def _side_files(directory: Path) -> list[Path]:
+    found = {path for pattern in _SIDE_FILES for path in directory.glob(pattern) if path.is_file()}
+    return sorted(path for path in found if path.name not in _WRITTEN_HERE)
+
+
+def _verify(directory: Path, source: Checkpoint, dtype: str) -> None:
+    """Read the result's headers back: complete, and every tensor in the dtype asked for."""
+    expected = expected_tensors(source.config, source.plora)
+    stored = stored_tensors(directory)
+    for name, spec in expected.items():
+        tensor = stored.get(name)
+        if tensor is None or tensor.shape != spec.shape or tensor.dtype != _STORED[dtype]:
+            raise StorageError(f"{directory}: {name} was not written as it should be; check the disk")
+
+
+def _write_json(path: Path, data: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

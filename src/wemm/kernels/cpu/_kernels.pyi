@@ -1,0 +1,3 @@
+from wemm.kernels.cpu.tensors import TensorArgument
+
+def rms_norm(x: TensorArgument, weight: TensorArgument, eps: float, out: TensorArgument) -> None: ...
