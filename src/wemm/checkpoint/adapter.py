@@ -43,12 +43,13 @@ def find_adapter(directory: Path, config: ModelConfig, own: Mapping[str, StoredT
                 f"{directory / ADAPTER_MAP_NAME}: {adapter_directory} holds no Plora_A/Plora_B tensors"
             )
         tensors.update(other)
-    plora = (
-        _read_adapter_config(adapter_directory / ADAPTER_CONFIG_NAME)
-        or config.lora_cfg
-        or _from_tensors(directory, tensors)
-    )
+    plora = configured_plora(adapter_directory, config) or _from_tensors(directory, tensors)
     return Adapter(plora, tensors, adapter_directory)
+
+
+def configured_plora(directory: Path, config: ModelConfig) -> PloraConfig | None:
+    """Rank and scaling as the files state them: adapter_config.json, else config.json's lora_cfg."""
+    return _read_adapter_config(directory / ADAPTER_CONFIG_NAME) or config.lora_cfg
 
 
 def _adapter_directory(directory: Path) -> Path:

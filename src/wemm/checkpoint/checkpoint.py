@@ -57,11 +57,11 @@ def locate(model: str) -> Path:
     """Checkpoint directory of a path, a bundled name or a hub id. Raises ModelNotFoundError."""
     path = Path(model).expanduser()
     bundled = sorted(p.name for p in BUNDLED_DIRECTORY.iterdir() if p.is_dir())
-    if path.is_dir():
+    if model and path.is_dir():
         return path
     if model in bundled:
         return BUNDLED_DIRECTORY / model
-    if path.exists():
+    if model and path.exists():
         raise ModelNotFoundError(f"{model!r} is a file; give the directory that holds config.json")
     is_hub_id = model.count("/") == 1 and not model.startswith((".", "/", "~")) and not model.endswith("/")
     if not is_hub_id:

@@ -47,12 +47,18 @@ def read_json(path: Path) -> dict[str, Any]:
 def open_shard(path: Path) -> Iterator[Any]:
     """A `safe_open` handle whose failures name the file. Raises CheckpointError."""
     try:
-        with safe_open(str(path), framework="pt") as shard:
-            yield shard
+        shard = safe_open(str(path), framework="pt")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: not a complete safetensors file ({error}); fetch or convert it again"
-        ) from None
+        raise _damaged(path, error) from None
+    with shard:
+        try:
+            yield shard
+        except SafetensorError as error:
+            raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path}: not a complete safetensors file ({error}); fetch or convert it again")
 
 
 def shard_files(directory: Path) -> list[Path]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from wemm.checkpoint.adapter import configured_plora
 from wemm.checkpoint.checkpoint import (
     BUNDLED_DIRECTORY,
     Checkpoint,
@@ -70,11 +71,17 @@ def find_source(config: EngineConfig) -> Source:
             raise ParameterError(
                 f"{config.model!r} is a preset without weights: add --load-format dummy, or give a directory"
             )
-        return _random_weights(*PRESETS[config.model], config, _DUMMY_TOKENIZER)
+        model_config, preset_plora = PRESETS[config.model]
+        return _random_weights(model_config, preset_plora, config, _DUMMY_TOKENIZER)
     directory = locate(config.model)
     if config.load_format == "dummy":
         model_config = read_config(directory)
-        return _random_weights(model_config, model_config.lora_cfg, config, directory)
+        plora = configured_plora(directory, model_config)
+        if plora is None and config.plora:
+            raise CheckpointError(
+                f"{directory}: no PLoRA rank in its files; add adapter_config.json or use --no-plora"
+            )
+        return _random_weights(model_config, plora, config, directory)
     checkpoint = open_checkpoint(directory, config.plora)
     return Source(checkpoint.config, checkpoint.plora, checkpoint.dtype, directory, checkpoint)
 

@@ -1,0 +1,117 @@
+"""Penalties, filters and draws, each against its definition."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wemm.engine.sampler import apply_penalties, filtered_probs
+from wemm.errors import ParameterError
+from wemm.request import SamplingParams
+
+LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0])
+
+
+def test_repetition_penalty_counts_prompt_and_answer_but_not_image_positions():
+    params = SamplingParams(repetition_penalty=2.0)
+    result = apply_penalties(LOGITS, [-200, 0, 3], [3, 1], params)
+    assert result.tolist() == [1.0, 0.5, 0.0, -2.0, -2.0]
+
+
+def test_presence_and_frequency_count_the_answer_only():
+    params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
+    result = apply_penalties(LOGITS, [4, 4, 4], [1, 1, 2], params)
+    assert result.tolist() == [2.0, 1 - 0.5 - 0.5, -0.75, -1.0, -2.0]
+
+
+def test_no_penalty_leaves_the_logits_alone():
+    assert apply_penalties(LOGITS, [0, 1], [2], SamplingParams()) is LOGITS
+
+
+def _kept(**options):
+    return (filtered_probs(LOGITS, SamplingParams(temperature=1.0, **options)) > 0).tolist()
+
+
+def test_filters():
+    probs = LOGITS.softmax(-1)  # 0.64 0.23 0.09 0.03 0.01
+    assert _kept(top_k=2) == [True, True, False, False, False]
+    assert _kept(top_k=0) == _kept(top_k=-1) == _kept(top_k=5) == _kept(top_k=99) == [True] * 5
+    assert _kept(top_p=0.5) == [True, False, False, False, False]
+    assert _kept(top_p=0.7) == [True, True, False, False, False]
+    assert _kept(top_p=1e-9) == [True, False, False, False, False]
+    assert _kept(min_p=0.2) == [True, True, False, False, False]
+    assert _kept(min_p=1.0) == [True, False, False, False, False]
+    # top_p works on what top_k left: of 0.64 and 0.23 the first alone is 73 %.
+    assert _kept(top_k=2, top_p=0.7) == [True, False, False, False, False]
+    assert torch.equal(filtered_probs(LOGITS, SamplingParams(temperature=1.0)), probs)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    logits=st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=30),
+    temperature=st.floats(1e-6, 1e4),
+    top_p=st.floats(1e-6, 1),
+    top_k=st.integers(-1, 40),
+    min_p=st.floats(0, 1),
+)
+def test_a_most_probable_token_always_survives(logits, temperature, top_p, top_k, min_p):
+    params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
+    unfiltered = filtered_probs(torch.tensor(logits), SamplingParams(temperature=temperature))
+    probs = filtered_probs(torch.tensor(logits), params)
+    assert probs.isfinite().all()
+    assert (probs >= 0).all()
+    assert probs.max() == unfiltered.max() > 0
+
+
+def test_tiny_temperature_is_greedy_and_finite():
+    assert filtered_probs(LOGITS, SamplingParams(temperature=1e-6)).tolist() == [1, 0, 0, 0, 0]
+
+
+def test_draws_follow_the_distribution(llm):
+    """Of 600 first tokens at temperature 1, each frequent one comes as often as its probability says."""
+    prompt = [[1, 8, 463]]
+    params = SamplingParams(max_tokens=1, temperature=1.0, n=100, logprobs=3)
+    counts: dict[int, int] = {}
+    total = 0
+    for seed in range(6):
+        [output] = llm.generate(prompt, SamplingParams(**{**vars(params), "seed": seed * 1000}))
+        for answer in output.outputs:
+            total += 1
+            counts[answer.token_ids[0]] = counts.get(answer.token_ids[0], 0) + 1
+    for token_id, entry in output.outputs[0].logprobs[0].items():
+        p = math.exp(entry.logprob)
+        if entry.rank <= 3:
+            deviation = math.sqrt(total * p * (1 - p))
+            assert abs(counts.get(token_id, 0) - total * p) < 4 * deviation
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n", 0), ("n", 129), ("n", 1.0), ("n", True), ("temperature", -0.1), ("temperature", math.nan),
+        ("temperature", math.inf), ("temperature", "1"), ("top_p", 0), ("top_p", 1.1), ("top_k", -2),
+        ("top_k", 2**31), ("min_p", -0.1), ("min_p", 2), ("repetition_penalty", 0), ("repetition_penalty", math.nan),
+        ("presence_penalty", 3), ("frequency_penalty", -2.1), ("max_tokens", 0), ("max_tokens", -1),
+        ("max_tokens", 1.5), ("max_tokens", True), ("max_tokens", 2**31), ("seed", -1), ("seed", 2**64),
+        ("logprobs", 21), ("logprobs", -1), ("logprobs", True), ("stop", [""]), ("stop", ["x"] * 65),
+        ("stop", ["x" * 1025]), ("stop", [1]), ("stop", 3), ("stop_token_ids", ["a"]), ("stop_token_ids", 1.5),
+        ("ignore_eos", 1), ("skip_special_tokens", None),
+    ],
+)  # fmt: skip
+def test_what_is_out_of_range_is_refused_by_name(name, value):
+    with pytest.raises(ParameterError) as error:
+        SamplingParams(**{name: value})
+    assert name.split("_")[0] in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_accepted_spellings():
+    assert SamplingParams(stop="a").stop_strings == ("a",)
+    assert SamplingParams(stop=["a", "b"]).stop_strings == ("a", "b")
+    assert SamplingParams(stop_token_ids=7).stop_token_ids == (7,)
+    assert SamplingParams(temperature=0).greedy
+    assert not SamplingParams(temperature=1).greedy

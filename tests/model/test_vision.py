@@ -1,0 +1,118 @@
+"""Vision tower and downsampler against torch's own convolutions, and packed = alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from wemm.checkpoint.checkpoint import BUNDLED_DIRECTORY, open_checkpoint
+from wemm.checkpoint.loader import load_weights
+from wemm.config import ImageConfig
+from wemm.engine.vision_encode import image_batch
+from wemm.model.downsampler import group_patches
+from wemm.model.wemm import WemmModel
+from wemm.processing.image_processor import ImageProcessor, normalize_pixels, patchify
+
+CPU = torch.device("cpu")
+
+
+@functools.cache
+def _checkpoint():
+    return open_checkpoint(BUNDLED_DIRECTORY / "tiny")
+
+
+@functools.cache
+def _model():
+    checkpoint = _checkpoint()
+    with torch.device("meta"):
+        model = WemmModel(checkpoint.config, checkpoint.plora)
+    load_weights(model, checkpoint, torch.float32, CPU)
+    return model
+
+
+CONFIG = _checkpoint().config
+
+
+def _image(width, height, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def _encode(config, images):
+    model = _model()
+    packed = image_batch(images, config.vision, torch.float32, CPU)
+    with torch.inference_mode():
+        return model.visual_embeds(model.vision_tower(packed), packed.patch_grids)
+
+
+def test_patch_embedding_is_the_convolution():
+    image = ImageProcessor(CONFIG).process(_image(50, 30))
+    pixel_values = normalize_pixels(image.pixels, 14)
+    embedding = _model().vision_tower.embeddings.patch_embedding
+    with torch.inference_mode():
+        expected = F.conv2d(pixel_values[None], embedding.weight, embedding.bias, stride=14)[0].flatten(1).T
+        torch.testing.assert_close(embedding(patchify(pixel_values, 14)), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", [(4, 8), (5, 7), (1, 1), (31, 12)], ids=str)
+def test_downsampler_is_the_convolution_after_replicate_padding(grid):
+    features = torch.randn(grid[0] * grid[1], 48)
+    conv = _model().downsampler.conv
+    planes = features.view(*grid, 48).permute(2, 0, 1)[None]
+    padded = F.pad(planes, (0, -grid[1] % 4, 0, -grid[0] % 4), mode="replicate")
+    with torch.inference_mode():
+        expected = F.conv2d(padded, conv.weight, stride=4)[0].flatten(1).T
+        torch.testing.assert_close(conv(group_patches(features, grid, 4)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_images_equal_the_same_images_alone():
+    processor = ImageProcessor(CONFIG)
+    images = [processor.process(_image(*size, seed)) for seed, size in enumerate([(60, 30), (20, 90), (64, 64)])]
+    together = _encode(CONFIG, images)
+    for image, embeds in zip(images, together, strict=True):
+        torch.testing.assert_close(_encode(CONFIG, [image])[0], embeds, rtol=1e-4, atol=1e-5)
+
+
+def test_separator_rows_enclose_the_grid():
+    [embeds] = _encode(CONFIG, [ImageProcessor(CONFIG).process(_image(9, 9))])
+    assert torch.equal(embeds[0], _model().separator_embedding.weight[0])
+    assert torch.equal(embeds[-1], _model().separator_embedding.weight[1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(width=st.integers(1, 6000), height=st.integers(1, 6000), longest=st.sampled_from([56, 70, 98]))
+def test_token_count_equals_the_embeddings_the_model_makes(width, height, longest):
+    """For any size, the count from width and height alone is what tower and downsampler produce.
+
+    The real path (resize, normalise, pad, patchify, tower, downsampler) with a smaller long edge, so
+    that many sizes can be tried; the source is one flat colour, whose cost does not grow with it.
+    """
+    config = dataclasses.replace(CONFIG, image=ImageConfig(longest_edge=longest, shortest_edge=30))
+    processor = ImageProcessor(config)
+    plan = processor.plan(width, height)
+    image = Image.new("RGB", (1, 1), (200, 30, 90)).resize(plan.resized)
+    pixel_values = normalize_pixels(torch.from_numpy(np.array(image)), 14)
+    assert patchify(pixel_values, 14).shape[0] == plan.num_patches
+    processed = dataclasses.replace(processor.process(image), plan=plan)
+    assert processed.pixels.shape[:2] == (plan.resized[1], plan.resized[0])
+    [embeds] = _encode(config, [processed])
+    assert embeds.shape == (plan.num_tokens, config.text.hidden_size)
+
+
+@pytest.mark.parametrize(
+    "size", [(1, 1), (1, 5000), (5000, 1), (33, 21), (640, 480), (3000, 1000), (13, 13)], ids=str
+)
+def test_token_count_of_awkward_sizes_through_the_whole_path(llm, ask, size):
+    """Also from the real decoder on: the prompt holds exactly the planned positions."""
+    image = _image(*size)
+    [output] = llm.chat(ask("?", image))
+    plan = ImageProcessor(llm._open.source.config).plan(*size)
+    assert output.num_image_tokens == plan.num_tokens

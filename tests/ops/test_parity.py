@@ -1,0 +1,93 @@
+"""Every op × implementation × case × dtype against its float32 definition, at the published tolerance."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from wemm.benchmark.ops import load_ops
+from wemm.kernels import load_kernels
+from wemm.ops.registry import DEFINITION, OPS, Inputs
+
+load_ops()
+load_kernels("cpu")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CPU = torch.device("cpu")
+
+
+def _wide(argument):
+    is_float = isinstance(argument, torch.Tensor) and argument.is_floating_point()
+    return argument.float() if is_float else argument
+
+
+def _clone(arguments):
+    return tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in arguments)
+
+
+def _as_tuple(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
+def check(op, implementation, dtype, device):
+    """Compare one implementation on every case it supports; returns how many it ran."""
+    tolerance = op.tolerances[dtype]
+    ran = 0
+    for case, arguments in op.cases(Inputs(dtype, device)).items():
+        supported = implementation == DEFINITION or any(
+            i.name == implementation and i.supports(*arguments) for i in op.implementations
+        )
+        if not supported:
+            continue
+        with torch.inference_mode(), op.using(implementation):
+            got = _as_tuple(op(*_clone(arguments)))
+            oracle = _as_tuple(op.definition(*(_wide(a) for a in _clone(arguments))))
+        for actual, expected in zip(got, oracle, strict=True):
+            assert actual.dtype == dtype
+            torch.testing.assert_close(
+                actual.float(), expected, rtol=tolerance.rtol, atol=tolerance.atol,
+                msg=lambda text, case=case: f"{op.name} {implementation} {case}: {text}",
+            )  # fmt: skip
+        ran += 1
+    return ran
+
+
+PAIRS = [
+    (name, implementation)
+    for name, op in OPS.items()
+    for implementation in (DEFINITION, *(i.name for i in op.implementations))
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "implementation"), PAIRS)
+def test_parity(name, implementation, dtype):
+    ran = check(OPS[name], implementation, dtype, CPU)
+    if implementation == DEFINITION:
+        assert ran == len(OPS[name].cases(Inputs(dtype, CPU)))
+    elif dtype is torch.float32:
+        assert ran > 0, "a kernel that takes no float32 case is never compared"
+
+
+def test_every_op_module_declares_an_op():
+    from pathlib import Path
+
+    import wemm.ops
+
+    files = {path.stem for path in Path(wemm.ops.__path__[0]).glob("*.py")} - {"__init__", "registry"}
+    assert files == set(OPS)
+
+
+def test_a_wrong_kernel_is_caught():
+    """The guard itself: a kernel that is off by twice the tolerance fails the comparison."""
+    op = OPS["rms_norm"]
+    off = 1 + 2 * op.tolerances[torch.float32].rtol + 1e-4
+
+    @op.impl("wrong", device="cpu", supports=lambda *a: True)
+    def _(x, weight, eps):
+        return op.definition(x, weight, eps) * off
+
+    try:
+        with pytest.raises(AssertionError, match="rms_norm wrong prefill"):
+            check(op, "wrong", torch.float32, CPU)
+    finally:
+        op.implementations.pop()
