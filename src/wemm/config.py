@@ -417,6 +417,8 @@ class EngineConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ParameterError(f"{name} must be an integer >= 1. Given: {value!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise ParameterError(f"seed must be an integer in [0, 2^32). Given: {self.seed!r}")
 
     @classmethod
     def help(cls) -> dict[str, str]:

@@ -94,7 +94,8 @@ def test_draws_follow_the_distribution(llm):
     [
         ("n", 0), ("n", 129), ("n", 1.0), ("n", True), ("temperature", -0.1), ("temperature", math.nan),
         ("temperature", math.inf), ("temperature", "1"), ("top_p", 0), ("top_p", 1.1), ("top_k", -2),
-        ("top_k", 2**31), ("min_p", -0.1), ("min_p", 2), ("repetition_penalty", 0), ("repetition_penalty", math.nan),
+        ("top_k", 2**31), ("min_p", -0.1), ("min_p", 2), ("repetition_penalty", 0),
+        ("repetition_penalty", math.nan),
         ("presence_penalty", 3), ("frequency_penalty", -2.1), ("max_tokens", 0), ("max_tokens", -1),
         ("max_tokens", 1.5), ("max_tokens", True), ("max_tokens", 2**31), ("seed", -1), ("seed", 2**64),
         ("logprobs", 21), ("logprobs", -1), ("logprobs", True), ("stop", [""]), ("stop", ["x"] * 65),

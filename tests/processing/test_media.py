@@ -12,14 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from wemm.errors import MediaError
 from wemm.processing.media import FORMATS, MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, open_image
 
-FUZZ = settings(max_examples=400, deadline=None, derandomize=True)
+FUZZ = settings(
+    max_examples=400, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate, Phase.shrink)
+)
 
 
 # --- making files ------------------------------------------------------------------------------------

@@ -33,14 +33,19 @@ app.command("convert")(convert.convert)
 app.add_typer(bench.app, name="bench")
 
 
-@app.callback()
-def _global_options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say on stderr what is being done.")] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         print(f"wemm {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say on stderr what is being done.")] = False,
+) -> None:
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
 
 
@@ -58,8 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(2, str(error))
     except WemmError as error:
         return _fail(1, str(error))
-    except (KeyboardInterrupt, typer.Abort):
-        return _fail(130, "interrupted")
     except BrokenPipeError:
         # The reader has gone; keep the interpreter from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

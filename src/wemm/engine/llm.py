@@ -76,7 +76,8 @@ class LLM:
         def process(prompt: Any) -> ProcessedPrompt:
             return processor.text(prompt) if isinstance(prompt, str) else processor.token_ids(prompt)
 
-        is_single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
+        is_token_ids = isinstance(prompts, Sequence) and bool(prompts) and isinstance(prompts[0], int)
+        is_single = isinstance(prompts, str) or is_token_ids
         return self._run([prompts] if is_single else prompts, process, sampling_params, progress)
 
     def stream_chat(

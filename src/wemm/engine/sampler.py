@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from wemm.engine.sequence import Sequence
@@ -50,8 +51,8 @@ def _choose(logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:
         return logits.argmax()
     probs = filtered_probs(logits, params)
     # Dividing by exponential noise and taking the largest draws from the distribution. The noise
-    # comes from the sequence's own CPU generator: the same on every device and in every batch.
-    noise = torch.empty(probs.shape, dtype=torch.float32).exponential_(generator=sequence.generator)
+    # comes from the sequence's own generator: the same on every device and in every batch.
+    noise = torch.from_numpy(sequence.generator.standard_exponential(probs.shape[0], dtype=np.float32))
     return (probs / noise.clamp_min(1e-30).to(probs.device)).argmax()
 
 

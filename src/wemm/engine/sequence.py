@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
+import numpy as np
 
 from wemm.engine.output import Answer
 from wemm.processing.processor import ImageSpan, ProcessedPrompt
@@ -32,7 +32,7 @@ class Sequence:
     request: Request
     index: int
     """Which of the request's n answers this is."""
-    generator: torch.Generator
+    generator: np.random.Generator
     """Draws this answer's random numbers and nobody else's."""
     answer: Answer
     num_computed_tokens: int = 0

@@ -7,14 +7,14 @@ import binascii
 import io
 import re
 import stat
-import struct
 import warnings
-import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from wemm.errors import MediaError
 
@@ -23,16 +23,18 @@ MAX_IMAGE_BYTES = 100 * 2**20
 MAX_IMAGE_PIXELS = 100_000_000
 """The original's own limits: 100 MB of file, 10000 x 10000 pixels."""
 
-_DECODE_ERRORS = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    struct.error,
-    zlib.error,
-    EOFError,
-    IndexError,
-    MemoryError,
-)
+_NAME_LEN = 120
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation → what makes the picture upright."""
 
 
 def open_image(source: Any, reference_image_mode: bool = False) -> Image.Image:
@@ -42,16 +44,28 @@ def open_image(source: Any, reference_image_mode: bool = False) -> Image.Image:
     transparency composited on white, unless `reference_image_mode` asks for the original's
     behaviour (both ignored, 16-bit samples clipped). Raises MediaError.
     """
-    image = source if isinstance(source, Image.Image) else _decode(_read(source))
-    if image.width < 1 or image.height < 1:
-        raise MediaError(f"image has no pixels: {image.width}x{image.height}")
+    # Pillow warns about much that is harmless here (sizes within our own limit, damaged EXIF).
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = source if isinstance(source, Image.Image) else _decode(*_read(source))
+        if image.width < 1 or image.height < 1:
+            raise MediaError(f"image has no pixels: {image.width}x{image.height}")
+        with _decoding("image cannot be converted to RGB"):
+            return image.convert("RGB") if reference_image_mode else _to_rgb(_upright(image))
+
+
+@contextmanager
+def _decoding(problem: str) -> Iterator[None]:
     try:
-        return image.convert("RGB") if reference_image_mode else _to_rgb(_upright(image))
-    except _DECODE_ERRORS as error:
-        raise MediaError(f"image cannot be converted to RGB: {error}") from None
+        yield
+    except MediaError:
+        raise
+    except Exception as error:  # noqa: BLE001 - on hostile bytes a decoder fails in any way it likes
+        raise MediaError(f"{problem}: {str(error) or type(error).__name__}") from None
 
 
-def _read(source: Any) -> bytes:
+def _read(source: Any) -> tuple[bytes, str]:
+    """Bytes, and how to call them in an error."""
     if isinstance(source, Path):
         return _read_file(source)
     if isinstance(source, str):
@@ -59,24 +73,27 @@ def _read(source: Any) -> bytes:
         if scheme is None:
             return _read_file(Path(source))
         if scheme[1].lower() == "data":
-            return _read_data_url(source)
+            return _read_data_url(source), "data: URL"
         raise MediaError(f"{scheme[1]}: URLs are not fetched; give a path, bytes or a data: URL")
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _checked(bytes(source), "image")
+        return _checked(bytes(source), "image"), "image"
     raise MediaError(f"an image is a path, bytes, a data: URL or a PIL image. Given: {type(source).__name__}")
 
 
-def _read_file(path: Path) -> bytes:
+def _read_file(path: Path) -> tuple[bytes, str]:
+    text = str(path)
+    name = repr(text if len(text) <= _NAME_LEN else f"{text[:_NAME_LEN]}…")
     try:
-        status = path.expanduser().stat()
+        path = path.expanduser()
+        status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise MediaError(f"{str(path)!r} is not a regular file")
+            raise MediaError(f"{name} is not a regular file")
         if status.st_size > MAX_IMAGE_BYTES:
-            raise MediaError(f"{str(path)!r} has {status.st_size} bytes; at most {MAX_IMAGE_BYTES} are read")
-        return _checked(path.expanduser().read_bytes(), repr(str(path)))
-    except (OSError, ValueError) as error:
+            raise MediaError(f"{name} has {status.st_size} bytes; at most {MAX_IMAGE_BYTES} are read")
+        return _checked(path.read_bytes(), name), name
+    except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise MediaError(f"{str(path)!r} cannot be read: {reason}") from None
+        raise MediaError(f"{name} cannot be read: {reason}") from None
 
 
 def _read_data_url(url: str) -> bytes:
@@ -99,45 +116,40 @@ def _checked(data: bytes, name: str) -> bytes:
     return data
 
 
-def _decode(data: bytes) -> Image.Image:
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns from 89 million pixels on; the limit here is our own.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+def _decode(data: bytes, name: str) -> Image.Image:
+    with _decoding(f"{name} has a damaged image header"):
+        try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.DecompressionBombError as error:
-        pixels = re.search(r"\d+", str(error))
-        raise _too_large(pixels[0] if pixels else "too many") from None
-    except UnidentifiedImageError:
-        raise MediaError(f"not an image in one of the formats {', '.join(FORMATS)}") from None
-    except _DECODE_ERRORS as error:
-        raise MediaError(f"image header is damaged: {error}") from None
+        except Image.DecompressionBombError as error:
+            pixels = re.search(r"\d+", str(error))
+            raise _too_large(name, pixels[0] if pixels else "too many") from None
+        except UnidentifiedImageError:
+            raise MediaError(f"{name} is not an image in one of the formats {', '.join(FORMATS)}") from None
     if image.width * image.height > MAX_IMAGE_PIXELS:
-        raise _too_large(f"{image.width}x{image.height}")
-    try:
+        raise _too_large(name, f"{image.width}x{image.height}")
+    with _decoding(f"{name}: {image.format} image is damaged or truncated"):
         image.load()
-    except _DECODE_ERRORS as error:
-        raise MediaError(f"{image.format} image is damaged or truncated: {error}") from None
     return image
 
 
-def _too_large(pixels: str) -> MediaError:
-    return MediaError(f"image of {pixels} pixels is too large; at most {MAX_IMAGE_PIXELS} pixels, scale it down")
+def _too_large(name: str, pixels: str) -> MediaError:
+    return MediaError(f"{name}: image of {pixels} pixels is too large; at most {MAX_IMAGE_PIXELS}, scale it down")
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    # Not ImageOps.exif_transpose: it writes the other tags back, and fails where one of them is odd.
     try:
-        return ImageOps.exif_transpose(image)
-    except (*_DECODE_ERRORS, TypeError, KeyError, ZeroDivisionError):
-        return image  # orientation that cannot be read is no orientation
+        method = _UPRIGHT.get(int(image.getexif().get(_ORIENTATION_TAG, 1)))
+    except Exception:  # noqa: BLE001 - an orientation that cannot be read, for whatever reason, is none
+        method = None
+    return image if method is None else image.transpose(method)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # 16-bit grey: the high byte, as Pillow itself does for 16-bit colour.
-        return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 0xFFFF) >> 8).astype(np.uint8)).convert(
-            "RGB"
-        )
+        high_byte = np.asarray(image).astype(np.int64).clip(0, 0xFFFF) >> 8
+        return Image.fromarray(high_byte.astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))

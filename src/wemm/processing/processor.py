@@ -71,6 +71,8 @@ class Processor:
 
     def token_ids(self, token_ids: Sequence[int]) -> ProcessedPrompt:
         """Ids as they are, no BOS added. Raises PromptError."""
+        if not isinstance(token_ids, Sequence) or isinstance(token_ids, bytes):
+            raise PromptError(f"a prompt is text or a list of token ids. Given: {type(token_ids).__name__}")
         for token_id in token_ids:
             if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < self._vocab_size:
                 raise PromptError(f"a token id is an integer in [0, {self._vocab_size}). Given: {token_id!r}")

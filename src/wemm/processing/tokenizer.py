@@ -10,7 +10,7 @@ from typing import Any
 import sentencepiece
 
 from wemm.checkpoint.shards import read_json
-from wemm.errors import CheckpointError, PromptError
+from wemm.errors import CheckpointError, ConfigError, PromptError
 
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
@@ -27,6 +27,7 @@ class Tokenizer:
         path = directory / "tokenizer.model"
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; copy the tokenizer of the checkpoint there")
+        sentencepiece.SetMinLogLevel(2)  # it warns about a piece of the real vocabulary at every start
         try:
             self._model: Any = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
@@ -50,11 +51,15 @@ class Tokenizer:
         control: dict[str, int] = {}
         tokenizer_config, added_tokens = directory / "tokenizer_config.json", directory / "added_tokens.json"
         if tokenizer_config.exists():
-            for token_id, token in (read_json(tokenizer_config).get("added_tokens_decoder") or {}).items():
-                if isinstance(token, dict) and str(token_id).isdigit():
-                    control[str(token.get("content"))] = int(token_id)
+            decoder = read_json(tokenizer_config).get("added_tokens_decoder") or {}
+            if not isinstance(decoder, dict):
+                raise ConfigError(f"{tokenizer_config}: added_tokens_decoder must be an object of id → token")
+            for token_id, token in decoder.items():
+                content = token.get("content") if isinstance(token, dict) else None
+                control[_token_name(tokenizer_config, content)] = _token_id(tokenizer_config, token_id)
         if added_tokens.exists():
-            control.update({str(k): v for k, v in read_json(added_tokens).items() if isinstance(v, int)})
+            for content, token_id in read_json(added_tokens).items():
+                control[content] = _token_id(added_tokens, token_id)
         for piece, name in _FALLBACK_PIECES.items():
             token_id = self._model.piece_to_id(piece)
             if name not in control and token_id != self._model.unk_id():
@@ -111,6 +116,20 @@ class Tokenizer:
         if not 0 <= token_id < self.vocab_size:
             return ""
         return str(self._model.id_to_piece(token_id)).replace(_SPACE, " ")
+
+
+def _token_name(path: Path, content: Any) -> str:
+    if not isinstance(content, str) or not content:
+        raise ConfigError(f"{path}: an added token needs a content. Given: {content!r}")
+    return content
+
+
+def _token_id(path: Path, value: Any) -> int:
+    if isinstance(value, str) and value.isascii() and value.isdecimal():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
+        raise ConfigError(f"{path}: a token id is an integer >= 0. Given: {value!r}")
+    return value
 
 
 class IncrementalDecoder:
