@@ -334,6 +334,8 @@ def _read_lora_cfg(text: _Section) -> PloraConfig | None:
     if text.data.get("lora_cfg") is None:
         return None
     lora = text.section("lora_cfg")
+    if "lora_r" not in lora.data and "lora_alpha" not in lora.data:
+        return None
     return PloraConfig(lora.integer("lora_r"), lora.number("lora_alpha"), source="config.json: lora_cfg")
 
 

@@ -107,6 +107,16 @@ def test_token_count_equals_the_embeddings_the_model_makes(width, height, longes
     assert embeds.shape == (plan.num_tokens, config.text.hidden_size)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_token_count_at_the_true_edges(seed):
+    """The same with 756/1960, up to 19600 patches through the tiny tower."""
+    width, height = np.random.default_rng(seed).integers(1, 6001, 2).tolist()
+    config = dataclasses.replace(CONFIG, image=ImageConfig())
+    processor = ImageProcessor(config)
+    [embeds] = _encode(config, [processor.process(Image.new("RGB", (width, height), (9, 90, 200)))])
+    assert embeds.shape[0] == processor.plan(width, height).num_tokens
+
+
 @pytest.mark.parametrize(
     "size", [(1, 1), (1, 5000), (5000, 1), (33, 21), (640, 480), (3000, 1000), (13, 13)], ids=str
 )

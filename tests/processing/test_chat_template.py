@@ -178,7 +178,9 @@ GOOD = user(text("Why?"))
         pytest.param([{"role": "user", "content": None}], "messages[0].content", id="null content"),
         pytest.param([{"role": "user", "content": []}], "messages[0].content", id="no parts"),
         pytest.param([{"role": "user", "content": 5}], "messages[0].content", id="content is a number"),
-        pytest.param([{"role": "user", "content": b"Why?"}], "messages[0].content", id="content is bytes"),
+        pytest.param(
+            [{"role": "user", "content": b"Why?"}], "messages[0].content must be a string", id="content is bytes"
+        ),
         pytest.param([{"role": "user", "content": text("Why?")}], "messages[0].content", id="content is one part"),
         pytest.param([GOOD, {"role": "user", "content": []}], "messages[1].content", id="second message"),
         pytest.param([user(text("a"), "b")], "messages[0].content[1] must be", id="part is a str"),

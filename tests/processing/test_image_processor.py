@@ -279,8 +279,9 @@ def torch_buckets(num_patches, position_grid):
     platform.machine().lower() not in ("x86_64", "amd64"),
     reason="the reference ran on x86; torch.arange rounds differently with other vector widths",
 )
-@pytest.mark.parametrize("position_grid", [70, 140])
+@pytest.mark.parametrize("position_grid", [70, 140, 25, 27])
 def test_position_buckets_are_what_torch_computes(position_grid):
+    """70 and 140 are tables WeMM may have; 25 and 27 tell apart roundings that these do not."""
     differing = [
         num_patches
         for num_patches in range(1, 181)

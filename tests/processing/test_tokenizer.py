@@ -319,6 +319,7 @@ def test_a_directory_in_place_of_tokenizer_model_is_an_error(tmp_path):
         pytest.param(lambda model: model[: len(model) // 2], id="half"),
         pytest.param(lambda model: model[:-1], id="one byte short"),
         pytest.param(lambda model: bytes(len(model)), id="zeros"),
+        pytest.param(lambda model: model.replace(b"</s>", b"\xff/s>"), id="control piece is no UTF-8"),
         pytest.param(
             lambda model: model.replace(b"[UNUSED_TOKEN_141]", b"[UNUSED_TOKEN_14\xff]"), id="piece is no UTF-8"
         ),
@@ -368,3 +369,4 @@ def test_a_control_token_that_makes_no_sense_is_ignored_or_an_error(directory, n
         return
     assert tokenizer.control_ids[IM_END] == VOCABULARY.index("[UNUSED_TOKEN_145]")
     assert min(tokenizer.special_ids) >= 0
+    assert all(isinstance(name, str) and name for name in tokenizer.control_ids)

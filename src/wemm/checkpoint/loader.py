@@ -19,6 +19,7 @@ Progress = Callable[[int], None]
 """Called with the bytes just read."""
 
 _DUMMY_BLOCK = 2**22
+_DUMMY_STRIDE = 7919  # a prime: every tensor begins elsewhere in the block
 
 
 def load_weights(
@@ -66,21 +67,25 @@ def load_dummy_weights(
     One random block, repeated from a different offset for every tensor: as fast as memory can be
     written. Matrices are scaled by 1/sqrt(fan_in), one-dimensional weights are near 1, biases near 0.
     """
-    generator = torch.Generator().manual_seed(seed)
-    block = torch.randn(_DUMMY_BLOCK, generator=generator)
+    block = torch.randn(_DUMMY_BLOCK, generator=torch.Generator().manual_seed(seed))
+    scaled: dict[tuple[float, float], torch.Tensor] = {}
     for i, (module, attribute, _) in enumerate(dict(_parameter_owners(model)).values()):
-        parameter = getattr(module, attribute)
-        fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
-        scaled = (block * fan_in**-0.5).roll(i * 7919) if parameter.dim() > 1 else block.roll(i) * 0.1
-        if parameter.dim() == 1 and attribute == "weight":
-            scaled = scaled + 1
-        value = torch.empty(parameter.shape, dtype=dtype, device=device)
-        flat, scaled = value.view(-1), scaled.to(device=device, dtype=dtype)
-        for start in range(0, flat.numel(), _DUMMY_BLOCK):
-            piece = flat[start : start + _DUMMY_BLOCK]
-            piece.copy_(scaled[: piece.numel()])
+        shape = getattr(module, attribute).shape
+        scale = shape[1:].numel() ** -0.5 if len(shape) > 1 else 0.1
+        shift = 1.0 if len(shape) == 1 and attribute == "weight" else 0.0
+        if (scale, shift) not in scaled:
+            scaled[scale, shift] = (block * scale + shift).to(device=device, dtype=dtype)
+        value = torch.empty(shape, dtype=dtype, device=device)
+        _repeat(scaled[scale, shift], value.view(-1), offset=i * _DUMMY_STRIDE % _DUMMY_BLOCK)
         _set_parameter(module, attribute, value)
         progress(value.numel() * value.element_size())
+
+
+def _repeat(block: torch.Tensor, target: torch.Tensor, offset: int) -> None:
+    head = target[:offset]
+    head.copy_(block[-offset:][: head.numel()] if offset else head)
+    for piece in target[offset:].split(_DUMMY_BLOCK):
+        piece.copy_(block[: piece.numel()])
 
 
 def _parameter_owners(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str, int | None]]]:

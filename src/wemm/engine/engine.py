@@ -107,8 +107,9 @@ class Engine:
         """Encode the step's images; returns the sequences all of whose images have embeddings."""
         started = time.perf_counter()
         for entry in step.scheduled:
-            metrics = entry.sequence.request.metrics
-            metrics.queue = metrics.queue or started - entry.sequence.request.arrival_time - metrics.processing
+            request = entry.sequence.request
+            if not request.metrics.queue:
+                request.metrics.queue = started - request.arrival_time - request.metrics.processing
         if not step.images:
             return step.scheduled
         failed: dict[str, WemmError] = {}

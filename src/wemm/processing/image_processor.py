@@ -110,8 +110,8 @@ def patchify(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
 def position_buckets(num_patches: int, position_grid: int) -> np.ndarray:
     """Row (or column) of the position table for each patch along one axis. int64 [num_patches].
 
-    The original's float32 formula: it differs by one from floor(i * grid / num) in places, and
-    from the newer formula of common libraries in 23 of the first 180 patch counts.
+    The original's float32 formula: it differs by one from floor(i * grid / num) in places, and from
+    the formula of newer libraries.
     """
     fractions = _arange_float32(0.0, 1 - 1e-6, float(np.float32(1) / np.float32(num_patches)))
     boundaries = _arange_float32(1 / position_grid, 1.0, 1 / position_grid)

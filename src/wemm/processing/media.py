@@ -48,8 +48,7 @@ def open_image(source: Any, reference_image_mode: bool = False) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         image = source if isinstance(source, Image.Image) else _decode(*_read(source))
-        if image.width < 1 or image.height < 1:
-            raise MediaError(f"image has no pixels: {image.width}x{image.height}")
+        _check_size("image", image)
         with _decoding("image cannot be converted to RGB"):
             return image.convert("RGB") if reference_image_mode else _to_rgb(_upright(image))
 
@@ -69,12 +68,12 @@ def _read(source: Any) -> tuple[bytes, str]:
     if isinstance(source, Path):
         return _read_file(source)
     if isinstance(source, str):
-        scheme = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+):", source)
-        if scheme is None:
-            return _read_file(Path(source))
-        if scheme[1].lower() == "data":
+        if source[:5].lower() == "data:":
             return _read_data_url(source), "data: URL"
-        raise MediaError(f"{scheme[1]}: URLs are not fetched; give a path, bytes or a data: URL")
+        scheme = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+):/", source)
+        if scheme is not None:
+            raise MediaError(f"{scheme[1]}: URLs are not fetched; give a path, bytes or a data: URL")
+        return _read_file(Path(source))
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _checked(bytes(source), "image"), "image"
     raise MediaError(f"an image is a path, bytes, a data: URL or a PIL image. Given: {type(source).__name__}")
@@ -90,7 +89,9 @@ def _read_file(path: Path) -> tuple[bytes, str]:
             raise MediaError(f"{name} is not a regular file")
         if status.st_size > MAX_IMAGE_BYTES:
             raise MediaError(f"{name} has {status.st_size} bytes; at most {MAX_IMAGE_BYTES} are read")
-        return _checked(path.read_bytes(), name), name
+        with path.open("rb") as file:
+            # Bounded also where the size is a lie, as in /proc.
+            return _checked(file.read(MAX_IMAGE_BYTES + 1), name), name
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise MediaError(f"{name} cannot be read: {reason}") from None
@@ -112,7 +113,7 @@ def _checked(data: bytes, name: str) -> bytes:
     if not data:
         raise MediaError(f"{name} is empty: 0 bytes")
     if len(data) > MAX_IMAGE_BYTES:
-        raise MediaError(f"{name} has {len(data)} bytes; at most {MAX_IMAGE_BYTES} are read")
+        raise MediaError(f"{name} has {len(data)} bytes or more; at most {MAX_IMAGE_BYTES} are read")
     return data
 
 
@@ -125,11 +126,17 @@ def _decode(data: bytes, name: str) -> Image.Image:
             raise _too_large(name, pixels[0] if pixels else "too many") from None
         except UnidentifiedImageError:
             raise MediaError(f"{name} is not an image in one of the formats {', '.join(FORMATS)}") from None
-    if image.width * image.height > MAX_IMAGE_PIXELS:
-        raise _too_large(name, f"{image.width}x{image.height}")
+    _check_size(name, image)
     with _decoding(f"{name}: {image.format} image is damaged or truncated"):
         image.load()
     return image
+
+
+def _check_size(name: str, image: Image.Image) -> None:
+    if image.width < 1 or image.height < 1:
+        raise MediaError(f"{name} has no pixels: {image.width}x{image.height}")
+    if image.width * image.height > MAX_IMAGE_PIXELS:
+        raise _too_large(name, f"{image.width}x{image.height}")
 
 
 def _too_large(name: str, pixels: str) -> MediaError:
@@ -147,11 +154,20 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
-        # 16-bit grey: the high byte, as Pillow itself does for 16-bit colour.
-        high_byte = np.asarray(image).astype(np.int64).clip(0, 0xFFFF) >> 8
-        return Image.fromarray(high_byte.astype(np.uint8)).convert("RGB")
+        return _grey_to_rgb(image)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _grey_to_rgb(image: Image.Image) -> Image.Image:
+    samples = np.asarray(image).astype(np.int64).clip(0, 0xFFFF)
+    # 16-bit grey: the high byte, as Pillow itself does for 16-bit colour. Mode "I" may hold either depth.
+    is_16_bit = image.mode != "I" or samples.max() > 0xFF
+    grey = (samples >> 8 if is_16_bit else samples).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[samples == transparent] = 0xFF
+    return Image.fromarray(grey).convert("RGB")

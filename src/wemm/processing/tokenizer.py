@@ -33,18 +33,23 @@ class Tokenizer:
         except (RuntimeError, OSError) as error:
             raise CheckpointError(f"{path}: not a SentencePiece model ({error})") from None
         self.vocab_size: int = self._model.vocab_size()
+        try:
+            self._pieces: list[str] = [self._model.id_to_piece(i) for i in range(self.vocab_size)]
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{path}: a piece of the vocabulary is not UTF-8 ({error.reason})") from None
         self.bos_id: int = self._model.bos_id()
         self.control_ids: Mapping[str, int] = self._read_control_ids(directory)
+        self._control_names = {token_id: name for name, token_id in self.control_ids.items()}
         special = {i for i in range(self.vocab_size) if self._model.is_control(i) or self._model.is_unknown(i)}
         self.special_ids: frozenset[int] = frozenset(special | set(self.control_ids.values()))
         # The vocabulary spells some control ids as ordinary pieces ("[UNUSED_TOKEN_145]" is the stop
         # token): cutting such a spelling in two keeps the text and loses the id.
-        spellings = [self._model.id_to_piece(i) for i in self.special_ids if i < self.vocab_size]
+        spellings = [self._pieces[i] for i in self.special_ids if i < self.vocab_size]
         cuts = [f"(?<={re.escape(s[0])})(?={re.escape(s[1:])})" for s in spellings if len(s) > 1]
         self._cut = re.compile("|".join(cuts))
         self._space_bytes = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
         self._byte_of: dict[int, int] = {
-            i: int(self._model.id_to_piece(i)[3:5], 16) for i in range(self.vocab_size) if self._model.is_byte(i)
+            i: int(self._pieces[i][3:5], 16) for i in range(self.vocab_size) if self._model.is_byte(i)
         }
 
     def _read_control_ids(self, directory: Path) -> dict[str, int]:
@@ -110,12 +115,9 @@ class Tokenizer:
 
     def piece_text(self, token_id: int) -> str:
         """The text of a token that is not a byte token; empty outside the vocabulary."""
-        for name, control_id in self.control_ids.items():
-            if control_id == token_id:
-                return name
-        if not 0 <= token_id < self.vocab_size:
-            return ""
-        return str(self._model.id_to_piece(token_id)).replace(_SPACE, " ")
+        if token_id in self._control_names:
+            return self._control_names[token_id]
+        return self._pieces[token_id].replace(_SPACE, " ") if 0 <= token_id < self.vocab_size else ""
 
 
 def _token_name(path: Path, content: Any) -> str:
