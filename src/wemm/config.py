@@ -384,7 +384,7 @@ class EngineConfig:
     )
     max_num_seqs: int = option(64, "Sequences computed together at most.")
     max_num_batched_tokens: int = option(
-        4096, "Prompt tokens computed in one step at most; a longer prompt is computed alone."
+        4096, "Prompt tokens computed in one step at most; a longer prompt takes several steps."
     )
     block_size: int = option(16, "Tokens per KV cache block.")
     kv_cache_memory: int | None = option(

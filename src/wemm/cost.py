@@ -85,12 +85,18 @@ def prefill_flops(config: ModelConfig, plora: PloraConfig | None, num_tokens: in
     return per_layer * text.num_hidden_layers + 2 * text.vocab_size * text.hidden_size
 
 
+def largest_image(config: ModelConfig) -> ImagePlan:
+    """The most any image can cost; the vision tower takes no more patches than this at once."""
+    edge = max(config.image.fixed_size or (config.image.longest_edge,))
+    return ImageProcessor(config).plan(edge, edge)
+
+
 def activation_bytes(config: ModelConfig, max_num_batched_tokens: int, dtype: str) -> int:
     """Largest working set of a step, estimated: one largest image in the tower, or one prefill."""
     size, vision, text = DTYPE_BYTES[dtype], config.vision, config.text
-    edge = max(config.image.fixed_size or (config.image.longest_edge,))
-    patches = ImageProcessor(config).plan(edge, edge).num_patches
-    tower = patches * (2 * vision.intermediate_size * size + vision.hidden_size * (6 * size + 8))
+    tower = largest_image(config).num_patches * (
+        2 * vision.intermediate_size * size + vision.hidden_size * (6 * size + 8)
+    )
     prefill = max_num_batched_tokens * (3 * text.intermediate_size * 4 + text.hidden_size * (6 * size + 8))
     return max(tower, prefill)
 

@@ -82,6 +82,46 @@ def test_few_sequences_at_a_time(llm, conversations):
         assert _ids(narrow.chat(conversations, GREEDY)) == _ids(llm.chat(conversations, GREEDY))
 
 
+@pytest.mark.parametrize("budget", [7, 16, 33])
+def test_prompts_in_chunks_answer_as_whole_ones(llm, conversations, budget):
+    """A step computes at most `budget` prompt tokens, wherever that cuts text and images; draws are the same."""
+    params = [GREEDY, SamplingParams(max_tokens=6, temperature=1.0, seed=3, ignore_eos=True, n=2)] * 2 + [GREEDY]
+    with LLM("tiny", dtype="float32", device="cpu", max_num_batched_tokens=budget) as chunked:
+        sizes = []
+        forward = chunked._open.engine._model_runner.forward
+        chunked._open.engine._model_runner.forward = lambda batch: (
+            sizes.append(len(batch.input_ids)) or forward(batch)
+        )
+        assert _ids(chunked.chat(conversations, params)) == _ids(llm.chat(conversations, params))
+        assert max(sizes) <= budget
+        chunked._open.engine.check_integrity()
+
+
+def test_a_chunked_prompt_can_be_aborted(ask):
+    with LLM("tiny", device="cpu", max_num_batched_tokens=5) as llm:
+        built = llm._open
+        request = llm._request(ask("Why is the ocean blue?"), built.processor.chat, GREEDY)
+        built.engine.add_request(request)
+        assert not built.engine.step()[0].finished
+        built.engine.abort(request.request_id)
+        built.engine.check_integrity()
+
+
+def test_images_go_through_the_tower_in_bounded_groups(llm, ask, monkeypatch):
+    """No call takes more patches than the largest single image has; the answers do not change."""
+    images = [Image.new("RGB", (50, 50 + 5 * i), (i, 0, 0)) for i in range(5)]
+    whole = [llm.chat(ask("?", image), GREEDY)[0].outputs[0].token_ids for image in images]
+    tower = llm._open.engine._model_runner._model.vision_tower
+    calls = []
+    handle = tower.register_forward_pre_hook(lambda module, arguments: calls.append(arguments[0].patches.shape[0]))
+    try:
+        together = llm.chat([ask("?", image) for image in images], GREEDY)
+    finally:
+        handle.remove()
+    assert [output.outputs[0].token_ids for output in together] == whole
+    assert max(calls) <= 31 * 31
+
+
 def test_an_image_asked_about_several_times_is_encoded_once(llm, ask, golden_images, monkeypatch):
     runner = llm._open.engine._model_runner
     encoded = []
@@ -213,7 +253,7 @@ def test_max_model_len_ends_an_answer(ask):
 def test_a_bad_prompt_in_a_batch_is_named_and_nothing_is_left(llm, ask, golden_images, tmp_path):
     bad = tmp_path / "note.txt"
     bad.write_text("no image")
-    with pytest.raises(MediaError, match=r"messages\[0\]\.content\[0\]\.image: not an image"):
+    with pytest.raises(MediaError, match=r"messages\[0\]\.content\[0\]\.image: .*note.txt. is not an image"):
         llm.chat([ask("fine", golden_images / "1x1.png"), ask("?", bad), ask("fine")], GREEDY)
     assert llm._open.engine.num_unfinished == 0
     llm.chat(ask("still works"), GREEDY)

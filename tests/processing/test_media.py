@@ -836,3 +836,28 @@ def test_exif_transpose_of_pillow_agrees():
     for orientation, stored in STORED.items():
         image = Image.open(io.BytesIO(oriented(stored, exif(orientation_tag(orientation)))))
         assert np.array_equal(np.array(ImageOps.exif_transpose(image)), UPRIGHT)
+
+
+def test_a_transparent_grey_of_16_bits_becomes_white():
+    """tRNS names one of the 65536 greys; the others keep their high byte."""
+    samples = np.array([[0x1234, 0x8000], [0xFFFF, 0x1234]], dtype=np.uint16)
+    buffer = io.BytesIO()
+    Image.fromarray(samples).save(buffer, "PNG", transparency=0x1234)
+    assert np.asarray(open_image(buffer.getvalue()))[..., 0].tolist() == [[0xFF, 0x80], [0xFF, 0xFF]]
+
+
+def test_a_32_bit_grey_image_may_hold_either_depth():
+    """PIL's mode "I": values up to 255 are 8-bit samples, larger ones 16-bit."""
+    assert open_image(Image.new("L", (1, 1), 200).convert("I")).getpixel((0, 0)) == (200, 200, 200)
+    assert open_image(Image.new("I", (1, 1), 0x8000)).getpixel((0, 0)) == (0x80, 0x80, 0x80)
+
+
+def test_a_file_name_with_a_colon_is_a_file(tmp_path, monkeypatch):
+    Image.new("RGB", (2, 2), "red").save(tmp_path / "at12:30.png")
+    monkeypatch.chdir(tmp_path)
+    assert open_image("at12:30.png").size == (2, 2)
+
+
+def test_a_pil_image_has_the_same_pixel_limit():
+    with pytest.raises(MediaError, match="image of 20000x10000 pixels is too large"):
+        open_image(Image.new("1", (20_000, 10_000)))

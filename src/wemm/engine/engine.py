@@ -90,8 +90,8 @@ class Engine:
         if scheduled:
             batch = self._prepare(step.is_prefill, scheduled)
             logits, errors = self._model_runner.forward(batch)
-            sampled = sample(logits, [entry.sequence for entry in scheduled])
-            for entry, token, error in zip(scheduled, sampled, errors, strict=True):
+            tokens = sample(logits, [entry.sequence if entry.is_complete else None for entry in scheduled])
+            for entry, token, error in zip(scheduled, tokens, errors, strict=True):
                 self._update(entry, token, error)
         return self._outputs(step)
 
@@ -139,12 +139,14 @@ class Engine:
             return prefill_batch(scheduled, self._kv_cache, self._encoder_cache, device)
         return decode_batch(scheduled, self._kv_cache, device)
 
-    def _update(self, entry: ScheduledSequence, token: SampledToken, error: WemmError | None) -> None:
+    def _update(self, entry: ScheduledSequence, token: SampledToken | None, error: WemmError | None) -> None:
         sequence = entry.sequence
         if error is not None:
             self._fail(sequence, error)
             return
         sequence.num_computed_tokens = entry.stop
+        if token is None:
+            return
         sequence.output_token_ids.append(token.token_id)
         sequence.cumulative_logprob += token.logprob
         if sequence.params.logprobs is not None:

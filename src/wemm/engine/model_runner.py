@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from wemm.config import ModelConfig
-from wemm.engine.vision_encode import image_batch
+from wemm.cost import largest_image
+from wemm.engine.vision_encode import group_images, image_batch
 from wemm.errors import NumericalError
 from wemm.model.batch import Batch
 from wemm.model.wemm import WemmModel
@@ -47,6 +48,12 @@ class ModelRunner:
     @torch.inference_mode()
     def encode_images(self, images: Sequence[ProcessedImage]) -> list[torch.Tensor | NumericalError]:
         """Embeddings [num_tokens, hidden_size] of each image, or why it has none."""
+        groups = group_images(images, largest_image(self._config).num_patches)
+        results = [result for group in groups for result in self._encode_group(group)]
+        self._platform.synchronize()
+        return results
+
+    def _encode_group(self, images: Sequence[ProcessedImage]) -> list[torch.Tensor | NumericalError]:
         packed = image_batch(images, self._config.vision, self._dtype, self.device)
         features = self._model.vision_tower(packed)
         embeds = self._model.visual_embeds(features, packed.patch_grids)
@@ -59,7 +66,6 @@ class ModelRunner:
                 results.append(self._numerical_error("downsampler"))
             else:
                 results.append(image_embeds)
-        self._platform.synchronize()
         return results
 
     @torch.inference_mode()

@@ -25,8 +25,20 @@ class SampledToken:
 
 
 @torch.inference_mode()
-def sample(logits: torch.Tensor, sequences: Sequences[Sequence]) -> list[SampledToken]:
-    """Choose one token per row. logits: float32 [num_seqs, vocab_size], row i for sequences[i]."""
+def sample(logits: torch.Tensor, sequences: Sequences[Sequence | None]) -> list[SampledToken | None]:
+    """Choose one token per row. logits: float32 [num_seqs, vocab_size], row i for sequences[i].
+
+    None stands for a row that draws nothing: its prompt is not computed to the end yet.
+    """
+    rows = [i for i, sequence in enumerate(sequences) if sequence is not None]
+    drawn = _sample(logits[rows], [sequence for sequence in sequences if sequence is not None]) if rows else []
+    tokens: list[SampledToken | None] = [None] * len(sequences)
+    for i, token in zip(rows, drawn, strict=True):
+        tokens[i] = token
+    return tokens
+
+
+def _sample(logits: torch.Tensor, sequences: Sequences[Sequence]) -> list[SampledToken]:
     chosen = torch.stack([_choose(row, sequence) for row, sequence in zip(logits, sequences, strict=True)])
     if all(sequence.params.logprobs is None for sequence in sequences):
         return [SampledToken(token_id, 0.0, 0, ()) for token_id in chosen.tolist()]

@@ -25,6 +25,11 @@ class ScheduledSequence:
         """First position not computed after this step."""
         return self.sequence.num_computed_tokens + self.num_new_tokens
 
+    @property
+    def is_complete(self) -> bool:
+        """All tokens are computed after this step, so the next one can be drawn."""
+        return self.stop == self.sequence.num_tokens
+
 
 @dataclass(frozen=True)
 class SchedulerOutput:
@@ -37,7 +42,7 @@ class SchedulerOutput:
 
 
 class Scheduler:
-    """First come, first served; waiting prompts go before running decodes.
+    """First come, first served; waiting prompts go before running decodes, a long one in chunks.
 
     When blocks run out in decode, the youngest running sequence gives up its blocks and waits to be
     computed again from its tokens.
@@ -84,20 +89,20 @@ class Scheduler:
         scheduled: list[ScheduledSequence] = []
         images: dict[str, ProcessedImage] = {}
         budget = self._max_num_batched_tokens
-        while self._waiting and len(self._running) < self._max_num_seqs:
+        while self._waiting and budget and len(self._running) < self._max_num_seqs:
             sequence = self._waiting[0]
-            num_new = sequence.num_tokens - sequence.num_computed_tokens
-            if (scheduled and num_new > budget) or not self._kv_cache.can_allocate(
-                sequence.seq_id, sequence.num_tokens
-            ):
+            if not self._kv_cache.can_allocate(sequence.seq_id, sequence.num_tokens):
                 break
-            self._waiting.popleft()
-            self._running.append(sequence)
+            num_new = min(budget, sequence.num_tokens - sequence.num_computed_tokens)
+            entry = ScheduledSequence(sequence, num_new)
+            if entry.is_complete:
+                self._waiting.popleft()
+                self._running.append(sequence)
             self._kv_cache.allocate(sequence.seq_id, sequence.num_tokens)
             spans = {span.image.sha256: span.image for span in sequence.image_spans}
             self._encoder_cache.acquire(sequence.seq_id, spans)
             images.update({s: image for s, image in spans.items() if s not in self._encoder_cache})
-            scheduled.append(ScheduledSequence(sequence, num_new))
+            scheduled.append(entry)
             budget -= num_new
         return SchedulerOutput(True, tuple(scheduled), tuple(images.values())) if scheduled else None
 

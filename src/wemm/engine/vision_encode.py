@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -11,6 +11,18 @@ import torch
 from wemm.config import VisionConfig
 from wemm.model.batch import ImageBatch
 from wemm.processing.image_processor import ProcessedImage, normalize_pixels, patchify, position_ids
+
+
+def group_images(images: Sequence[ProcessedImage], max_patches: int) -> Iterator[list[ProcessedImage]]:
+    """Neighbours that go through the tower together: `max_patches` at most, or one larger image alone."""
+    group: list[ProcessedImage] = []
+    for image in images:
+        if group and sum(i.plan.num_patches for i in group) + image.plan.num_patches > max_patches:
+            yield group
+            group = []
+        group.append(image)
+    if group:
+        yield group
 
 
 def image_batch(
