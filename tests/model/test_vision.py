@@ -92,18 +92,16 @@ def test_separator_rows_enclose_the_grid():
 def test_token_count_equals_the_embeddings_the_model_makes(width, height, longest):
     """For any size, the count from width and height alone is what tower and downsampler produce.
 
-    The real path (resize, normalise, pad, patchify, tower, downsampler) with a smaller long edge, so
-    that many sizes can be tried; the source is one flat colour, whose cost does not grow with it.
+    The real path (resize, normalise, pad, patchify, tower, downsampler), with a smaller long edge so that
+    many sizes can be tried.
     """
     config = dataclasses.replace(CONFIG, image=ImageConfig(longest_edge=longest, shortest_edge=30))
     processor = ImageProcessor(config)
     plan = processor.plan(width, height)
-    image = Image.new("RGB", (1, 1), (200, 30, 90)).resize(plan.resized)
-    pixel_values = normalize_pixels(torch.from_numpy(np.array(image)), 14)
-    assert patchify(pixel_values, 14).shape[0] == plan.num_patches
-    processed = dataclasses.replace(processor.process(image), plan=plan)
-    assert processed.pixels.shape[:2] == (plan.resized[1], plan.resized[0])
-    [embeds] = _encode(config, [processed])
+    image = processor.process(Image.new("RGB", (width, height), (200, 30, 90)))
+    assert image.pixels.shape == (plan.resized[1], plan.resized[0], 3)
+    assert patchify(normalize_pixels(image.pixels, 14), 14).shape[0] == plan.num_patches
+    [embeds] = _encode(config, [image])
     assert embeds.shape == (plan.num_tokens, config.text.hidden_size)
 
 
