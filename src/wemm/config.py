@@ -206,10 +206,11 @@ class _Section:
         data = self._get(key, {} if optional else _REQUIRED)
         return _Section(self.source, self._name(key), data)
 
-    def integer(self, key: str, default: Any = None, minimum: int = 1) -> int:
+    def integer(self, key: str, default: Any = None, maximum: int = 2**20) -> int:
+        # Bounded above too: a damaged count of layers must not become a list that fills the memory.
         value = self._get(key, _REQUIRED if default is None else default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise self.fail(key, f"must be an integer >= {minimum}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= maximum:
+            raise self.fail(key, f"must be an integer in [1, {maximum}]")
         return value
 
     def number(self, key: str, default: Any = None) -> float:
@@ -237,6 +238,8 @@ class _Section:
 
 
 _REQUIRED = object()
+_MAX_LAYERS = 1024
+_MAX_EDGE = 16384
 
 
 def _read_vision(section: _Section) -> VisionConfig:
@@ -244,7 +247,7 @@ def _read_vision(section: _Section) -> VisionConfig:
     vision = VisionConfig(
         hidden_size=section.integer("hidden_size"),
         intermediate_size=section.integer("intermediate_size"),
-        num_hidden_layers=section.integer("num_hidden_layers"),
+        num_hidden_layers=section.integer("num_hidden_layers", maximum=_MAX_LAYERS),
         num_attention_heads=section.integer("num_attention_heads"),
         image_size=section.integer("image_size"),
         patch_size=section.integer("patch_size"),
@@ -269,7 +272,7 @@ def _read_downsampler(section: _Section) -> DownsamplerConfig:
         kernel_size=kernel_size,
         visual_hidden_size=section.integer("visual_hidden_size"),
         llm_hidden_size=section.integer("llm_hidden_size"),
-        depth=section.integer("depth", 2),
+        depth=section.integer("depth", 2, maximum=_MAX_LAYERS),
         bias=section.flag("bias", False),
     )
 
@@ -284,7 +287,7 @@ def _read_text(section: _Section) -> TextConfig:
         vocab_size=section.integer("vocab_size"),
         hidden_size=section.integer("hidden_size"),
         intermediate_size=section.integer("intermediate_size"),
-        num_hidden_layers=section.integer("num_hidden_layers"),
+        num_hidden_layers=section.integer("num_hidden_layers", maximum=_MAX_LAYERS),
         num_attention_heads=section.integer("num_attention_heads"),
         num_key_value_heads=section.integer("num_key_value_heads"),
         rms_norm_eps=section.number("rms_norm_eps"),
@@ -313,8 +316,11 @@ def _read_image(section: _Section) -> ImageConfig:
     # Only `size` is in force; the original ignores mean, std and resample too (reference 2.2).
     size = section.section("size", optional=True)
     if "height" in size.data or "width" in size.data:
-        return ImageConfig(fixed_size=(size.integer("height"), size.integer("width")))
-    image = ImageConfig(size.integer("shortest_edge", 756), size.integer("longest_edge", 1960))
+        return ImageConfig(
+            fixed_size=(size.integer("height", maximum=_MAX_EDGE), size.integer("width", maximum=_MAX_EDGE))
+        )
+    edges = size.integer("shortest_edge", 756, _MAX_EDGE), size.integer("longest_edge", 1960, _MAX_EDGE)
+    image = ImageConfig(*edges)
     if image.shortest_edge > image.longest_edge:
         raise size.fail("shortest_edge", f"must not exceed longest_edge {image.longest_edge}")
     return image
