@@ -98,10 +98,11 @@ def _print(results: list[dict[str, Any]], platform: Platform, dtype: str) -> Non
     ceiling = copy_bandwidth(platform) / 1e9
     table = Table(title=f"{platform.device}, {dtype}, copy {ceiling:.1f} GB/s", box=box.SIMPLE_HEAD)
     for column in ("op", "case", "implementation", "µs", "GB/s", "of copy"):
-        table.add_column(column, justify="left" if column in ("op", "case", "implementation") else "right")
+        is_text = column in ("op", "case", "implementation")
+        table.add_column(column, justify="left" if is_text else "right", no_wrap=True, overflow="fold")
     for r in results:
         share = f"{r['gb_per_s'] / ceiling:.0%}"
         numbers = (f"{r['microseconds']:.1f}", f"{r['gb_per_s']:.2f}", share)
         table.add_row(r["op"], r["case"], r["implementation"], *numbers)
-    Console().print(table)
+    Console(width=max(100, Console().width)).print(table)
     print(json.dumps({"device": str(platform.device), "dtype": dtype, "copy_gb_per_s": ceiling, "ops": results}))
