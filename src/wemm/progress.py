@@ -31,11 +31,11 @@ def terminal_bar(description: str, total: int | None, unit: str) -> Iterator[Adv
     )
 
     console = Console(stderr=True)
-    amount = DownloadColumn(binary_units=True) if unit == "bytes" else MofNCompleteColumn()
+    done = DownloadColumn(binary_units=True) if unit == "bytes" else MofNCompleteColumn()
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        amount,
+        done,
         TextColumn("ETA"),
         TimeRemainingColumn(),
     )

@@ -259,8 +259,8 @@ def _peak_rss(source, target):
 def _make_checkpoint(directory, vocab, hidden, intermediate, layers):
     """Random weights of any size in the hub's layout, one layer per shard."""
     from wemm.checkpoint.checkpoint import BUNDLED_DIRECTORY
+    from wemm.checkpoint.config_file import parse_config
     from wemm.checkpoint.weight_map import expected_tensors
-    from wemm.config import ModelConfig
 
     tiny = BUNDLED_DIRECTORY / "tiny"
     directory.mkdir()
@@ -272,7 +272,7 @@ def _make_checkpoint(directory, vocab, hidden, intermediate, layers):
     (directory / "config.json").write_text(json.dumps(data))
     for name in ("tokenizer.model", "tokenizer_config.json", "adapter_config.json"):
         (directory / name).write_bytes((tiny / name).read_bytes())
-    config = ModelConfig.from_dict(data)
+    config = parse_config(data)
     shards = {}
     for name, spec in expected_tensors(config, config.lora_cfg).items():
         layer = name.split(".")[3] if ".layers." in name and name.startswith("language") else "rest"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wemm.checkpoint.adapter import Adapter, find_adapter
+from wemm.checkpoint.config_file import parse_config
 from wemm.checkpoint.shards import StoredTensor, read_json, stored_tensors
 from wemm.checkpoint.weight_map import TensorSpec, expected_tensors, is_plora
 from wemm.config import PRESETS, ModelConfig, PloraConfig
@@ -89,7 +90,7 @@ def read_config(directory: Path) -> ModelConfig:
     path = directory / "config.json"
     if not path.is_file():
         raise ModelNotFoundError(f"{directory} has no config.json: not a checkpoint directory")
-    return ModelConfig.from_dict(read_json(path), str(path))
+    return parse_config(read_json(path), str(path))
 
 
 def default_sampling_params(directory: Path) -> SamplingParams:

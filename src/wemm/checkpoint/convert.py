@@ -104,18 +104,27 @@ def _new_directory(target: Path, force: bool) -> Iterator[Path]:
     try:
         partial.chmod(0o755)
         yield partial
-        _sync(partial)
+        for path in (*partial.iterdir(), partial):
+            _sync(path)
         if force and target.exists():
-            replaced = partial.with_name(partial.name.replace(".partial-", ".replaced-"))
-            target.rename(replaced)
-            partial.rename(target)
-            shutil.rmtree(replaced)
+            _replace(target, partial)
         else:
             partial.rename(target)
         _sync(target.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _replace(target: Path, partial: Path) -> None:
+    replaced = partial.with_name(partial.name.replace(".partial-", ".replaced-"))
+    target.rename(replaced)
+    try:
+        partial.rename(target)
+    except OSError:
+        replaced.rename(target)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _check_free_space(checkpoint: Checkpoint, dtype: str, directory: Path) -> None:
@@ -169,8 +178,6 @@ def _write_shard(path: Path, tensors: list[StoredTensor], dtype: str, advance: A
             value = shard.get_tensor(tensor.name).to(getattr(torch, dtype)).contiguous()
             out.write(value.view(-1).view(torch.uint8).numpy())
             advance(value.numel() * value.element_size())
-        out.flush()
-        os.fsync(out.fileno())
 
 
 def _write_side_files(checkpoint: Checkpoint, dtype: str, partial: Path, target: Path) -> None:
@@ -217,8 +224,8 @@ def _write_json(path: Path, data: Mapping[str, object]) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

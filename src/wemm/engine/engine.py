@@ -86,6 +86,7 @@ class Engine:
         if not self._scheduler.has_work:
             return []
         step = self._scheduler.schedule()
+        _record_queue(step)
         scheduled = self._encode_images(step)
         if scheduled:
             batch = self._prepare(step.is_prefill, scheduled)
@@ -105,13 +106,9 @@ class Engine:
 
     def _encode_images(self, step: SchedulerOutput) -> tuple[ScheduledSequence, ...]:
         """Encode the step's images; returns the sequences all of whose images have embeddings."""
-        started = time.perf_counter()
-        for entry in step.scheduled:
-            request = entry.sequence.request
-            if not request.metrics.queue:
-                request.metrics.queue = started - request.arrival_time - request.metrics.processing
         if not step.images:
             return step.scheduled
+        started = time.perf_counter()
         failed: dict[str, WemmError] = {}
         results = self._model_runner.encode_images(step.images)
         for image, result in zip(step.images, results, strict=True):
@@ -152,12 +149,7 @@ class Engine:
         if sequence.params.logprobs is not None:
             sequence.logprobs.append(self._logprobs(token))
         sequence.answer.push(token.token_id)
-        metrics, now = sequence.request.metrics, time.perf_counter() - sequence.request.arrival_time
-        if not metrics.first_token:
-            metrics.first_token = now
-            metrics.prefill = now - metrics.processing - metrics.queue - metrics.vision
-        metrics.total = now
-        metrics.decode = now - metrics.first_token
+        _record_token(sequence.request)
         if sequence.answer.finish_reason:
             self._scheduler.remove(sequence)
 
@@ -184,6 +176,23 @@ class Engine:
             if progress.finished:
                 del self._requests[request_id]
         return outputs
+
+
+def _record_queue(step: SchedulerOutput) -> None:
+    now = time.perf_counter()
+    for entry in step.scheduled:
+        request = entry.sequence.request
+        if not request.metrics.queue:
+            request.metrics.queue = now - request.arrival_time - request.metrics.processing
+
+
+def _record_token(request: Request) -> None:
+    metrics, elapsed = request.metrics, time.perf_counter() - request.arrival_time
+    if not metrics.first_token:
+        metrics.first_token = elapsed
+        metrics.prefill = elapsed - metrics.processing - metrics.queue - metrics.vision
+    metrics.total = elapsed
+    metrics.decode = elapsed - metrics.first_token
 
 
 def _request_output(progress: _Progress) -> RequestOutput:

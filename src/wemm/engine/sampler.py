@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Sequences
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,7 @@ class SampledToken:
 
 
 @torch.inference_mode()
-def sample(logits: torch.Tensor, sequences: Sequences[Sequence | None]) -> list[SampledToken | None]:
+def sample(logits: torch.Tensor, sequences: list[Sequence | None]) -> list[SampledToken | None]:
     """Choose one token per row. logits: float32 [num_seqs, vocab_size], row i for sequences[i].
 
     None stands for a row that draws nothing: its prompt is not computed to the end yet.
@@ -38,7 +38,7 @@ def sample(logits: torch.Tensor, sequences: Sequences[Sequence | None]) -> list[
     return tokens
 
 
-def _sample(logits: torch.Tensor, sequences: Sequences[Sequence]) -> list[SampledToken]:
+def _sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[SampledToken]:
     chosen = torch.stack([_choose(row, sequence) for row, sequence in zip(logits, sequences, strict=True)])
     if all(sequence.params.logprobs is None for sequence in sequences):
         return [SampledToken(token_id, 0.0, 0, ()) for token_id in chosen.tolist()]
@@ -70,8 +70,8 @@ def _choose(logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:
 
 def apply_penalties(
     logits: torch.Tensor,
-    prompt_token_ids: Sequences[int],
-    output_token_ids: Sequences[int],
+    prompt_token_ids: Iterable[int],
+    output_token_ids: Iterable[int],
     params: SamplingParams,
 ) -> torch.Tensor:
     """Logits [vocab_size] after repetition, presence and frequency penalties; image positions do not count."""
@@ -87,7 +87,7 @@ def apply_penalties(
     return logits
 
 
-def _ids(token_ids: Sequences[int], like: torch.Tensor) -> torch.Tensor:
+def _ids(token_ids: Iterable[int], like: torch.Tensor) -> torch.Tensor:
     vocab_size = like.shape[0]
     return torch.tensor([i for i in token_ids if 0 <= i < vocab_size], dtype=torch.int64, device=like.device)
 
