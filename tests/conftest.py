@@ -7,12 +7,17 @@ sentencepiece, typer, rich, pytest.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Tensors here are tiny: a second thread gains nothing, and on a busy machine it waits for its turn at
+# every op. Kernels are compared with several threads in tests/ops. Set before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from wemm import LLM
 from wemm.checkpoint.checkpoint import BUNDLED_DIRECTORY

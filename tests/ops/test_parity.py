@@ -15,6 +15,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def _several_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 def _wide(argument):
     is_float = isinstance(argument, torch.Tensor) and argument.is_floating_point()
     return argument.float() if is_float else argument

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from wemm.checkpoint.checkpoint import BUNDLED_DIRECTORY
-from wemm.config import PRESETS, ImageConfig, ModelConfig
+from wemm.checkpoint.config_file import parse_config
+from wemm.config import PRESETS, ImageConfig
 from wemm.processing.image_processor import (
     ImageProcessor,
     normalize_pixels,
@@ -34,7 +35,7 @@ GOLDEN_DIRECTORY = Path(__file__).parents[1] / "golden"
 GOLDEN = json.loads((GOLDEN_DIRECTORY / "golden.json").read_text(encoding="utf-8"))
 IMAGE_CASES = [case for case in GOLDEN["cases"] if case["image"]]
 
-TINY = ModelConfig.from_dict(json.loads((BUNDLED_DIRECTORY / "tiny" / "config.json").read_text(encoding="utf-8")))
+TINY = parse_config(json.loads((BUNDLED_DIRECTORY / "tiny" / "config.json").read_text(encoding="utf-8")))
 REAL, _ = PRESETS["wemm-chat-2k-cn"]
 
 PROPERTY = settings(max_examples=200, deadline=None, derandomize=True)
@@ -155,7 +156,7 @@ def test_a_fixed_size_is_what_an_image_is_resized_to():
 def test_fixed_size_is_read_from_the_checkpoint():
     config = json.loads((BUNDLED_DIRECTORY / "tiny" / "config.json").read_text(encoding="utf-8"))
     config["image_processor"]["size"] = {"height": 56, "width": 84}
-    assert ImageProcessor(ModelConfig.from_dict(config)).plan(640, 480).resized == (84, 56)
+    assert ImageProcessor(parse_config(config)).plan(640, 480).resized == (84, 56)
 
 
 # --- pixels ------------------------------------------------------------------------------------------

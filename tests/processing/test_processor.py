@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from wemm.checkpoint.checkpoint import BUNDLED_DIRECTORY
-from wemm.config import ModelConfig
+from wemm.checkpoint.config_file import parse_config
 from wemm.errors import MediaError, PromptError, PromptTooLongError
 from wemm.processing.image_processor import ImageProcessor
 from wemm.processing.processor import IMAGE_TOKEN_ID, Processor
@@ -20,7 +20,7 @@ from wemm.processing.tokenizer import IM_END, IM_START, Tokenizer
 
 TINY = BUNDLED_DIRECTORY / "tiny"
 TOKENIZER = Tokenizer(TINY)
-CONFIG = ModelConfig.from_dict(json.loads((TINY / "config.json").read_text(encoding="utf-8")))
+CONFIG = parse_config(json.loads((TINY / "config.json").read_text(encoding="utf-8")))
 START, END = TOKENIZER.control_ids[IM_START], TOKENIZER.control_ids[IM_END]
 
 GOLDEN_DIRECTORY = Path(__file__).parents[1] / "golden"
