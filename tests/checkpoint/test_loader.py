@@ -87,7 +87,7 @@ def test_progress_adds_up_to_the_weights(tiny):
     with torch.device("meta"):
         model = WemmModel(checkpoint.config, checkpoint.plora)
     amounts = []
-    load_weights(model, checkpoint, torch.float32, CPU, progress=amounts.append)
+    load_weights(model, checkpoint, torch.float32, CPU, advance=amounts.append)
     assert sum(amounts) == 4 * sum(p.numel() for p in model.parameters())
 
 

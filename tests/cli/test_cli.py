@@ -7,10 +7,13 @@ import struct
 import subprocess
 import sys
 import zlib
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save
 
 from wemm.cli import main
 
@@ -177,13 +180,49 @@ def test_not_enough_memory_shows_the_plan(run, monkeypatch):
     _assert_one_error(result, "weights 17.6 GiB (bfloat16)", "16.0 GiB are available")
 
 
-def test_a_damaged_checkpoint(run, tiny):
-    with (tiny / "model-00002-of-00003.safetensors").open("r+b") as shard:
-        shard.truncate(5000)
-    _assert_one_error(run("generate", "-m", tiny, "-p", "hi"), "model-00002", "not a complete safetensors file")
-    _assert_one_error(run("info", tiny), "model-00002")
-    _assert_one_error(run("convert", tiny, tiny.parent / "out"), "model-00002")
-    assert not (tiny.parent / "out").exists()
+def _truncate(tensors, index, shard):
+    return shard.read_bytes()[:5000]
+
+
+def _change(tensors, index, shard, name, tensor):
+    if tensor is None:
+        del tensors[name], index["weight_map"][name]
+    else:
+        tensors[name] = tensor
+        index["weight_map"][name] = shard.name
+    return save(tensors)
+
+
+def _point_outside(tensors, index, shard):
+    index["weight_map"]["downsampler.group_op.weight"] = "../../etc/passwd"
+    return shard.read_bytes()
+
+
+CONV = "downsampler.group_op.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_truncate, "model-00001-of-00003.safetensors: not a complete safetensors file"),
+        (partial(_change, name=CONV, tensor=None), f"1 tensors missing: {CONV}"),
+        (partial(_change, name="surplus", tensor=torch.ones(2)), "1 unexpected tensors: surplus"),
+        (partial(_change, name=CONV, tensor=torch.ones(2)), f"{CONV} is [2] but must be [128, 48, 4, 4]"),
+        (_point_outside, "'../../etc/passwd' must be a plain file name"),
+    ],
+    ids=["truncated shard", "missing tensor", "extra tensor", "wrong shape", "index points outside"],
+)
+def test_a_damaged_checkpoint(run, tiny, damage, message):
+    """Every command refuses it in one line; the source stays as it is and nothing is written."""
+    shard, index_path = tiny / "model-00001-of-00003.safetensors", tiny / "model.safetensors.index.json"
+    index = json.loads(index_path.read_text())
+    shard.write_bytes(damage(load_file(shard), index, shard))
+    index_path.write_text(json.dumps(index))
+    before = {path: path.read_bytes() for path in tiny.iterdir()}
+    for command in (["generate", "-m", tiny, "-p", "hi"], ["info", tiny], ["convert", tiny, tiny.parent / "out"]):
+        _assert_one_error(run(*command), message)
+    assert {path: path.read_bytes() for path in tiny.iterdir()} == before
+    assert [path.name for path in tiny.parent.iterdir()] == ["tiny"]
 
 
 def test_a_directory_without_config(run, tmp_path):

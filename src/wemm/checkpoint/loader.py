@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,7 @@ from wemm.checkpoint.checkpoint import Checkpoint
 from wemm.checkpoint.shards import StoredTensor, open_shard
 from wemm.distributed import SINGLE, TensorParallel
 from wemm.errors import IntegrityError
-
-Progress = Callable[[int], None]
-"""Called with the bytes just read."""
+from wemm.progress import Advance
 
 _DUMMY_BLOCK = 2**22
 _DUMMY_STRIDE = 7919  # a prime: every tensor begins elsewhere in the block
@@ -28,7 +26,7 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     tensor_parallel: TensorParallel = SINGLE,
-    progress: Progress = lambda num_bytes: None,
+    advance: Advance = lambda num_bytes: None,
 ) -> None:
     """Fill every parameter of `model` (built on the meta device) with its slice of the checkpoint.
 
@@ -50,7 +48,7 @@ def load_weights(
                     index[shard_dim] = tensor_parallel.slice(spec.shape[shard_dim])
                 value = entry[tuple(index)].to(device=device, dtype=dtype, copy=True).contiguous()
                 _set_parameter(module, attribute, value)
-                progress(value.numel() * value.element_size())
+                advance(value.numel() * value.element_size())
     if owners:
         raise IntegrityError(f"parameters without a tensor: {', '.join(sorted(owners))}")
 
@@ -60,7 +58,7 @@ def load_dummy_weights(
     dtype: torch.dtype,
     device: torch.device,
     seed: int = 0,
-    progress: Progress = lambda _: None,
+    advance: Advance = lambda num_bytes: None,
 ) -> None:
     """Fill a model built on the meta device with repeatable random weights, directly in `dtype`.
 
@@ -78,7 +76,7 @@ def load_dummy_weights(
         value = torch.empty(shape, dtype=dtype, device=device)
         _repeat(scaled[scale, shift], value.view(-1), offset=i * _DUMMY_STRIDE % _DUMMY_BLOCK)
         _set_parameter(module, attribute, value)
-        progress(value.numel() * value.element_size())
+        advance(value.numel() * value.element_size())
 
 
 def _repeat(block: torch.Tensor, target: torch.Tensor, offset: int) -> None:

@@ -129,9 +129,9 @@ def build_engine(config: EngineConfig, progress: ProgressBar) -> BuiltEngine:
         model = WemmModel(source.config, source.plora)
     with progress("loading weights", plan.weights, "bytes") as advance:
         if source.checkpoint is not None:
-            load_weights(model, source.checkpoint, torch_dtype, platform.device, progress=advance)
+            load_weights(model, source.checkpoint, torch_dtype, platform.device, advance=advance)
         else:
-            load_dummy_weights(model, torch_dtype, platform.device, config.seed, progress=advance)
+            load_dummy_weights(model, torch_dtype, platform.device, config.seed, advance=advance)
     num_blocks = plan.kv_tokens // config.block_size
     return BuiltEngine(
         engine=Engine(
