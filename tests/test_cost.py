@@ -8,7 +8,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from wemm.checkpoint.weight_map import expected_tensors
 from wemm.config import PRESETS
-from wemm.cost import count_parameters, image_cost, kv_bytes_per_token, prefill_flops
+from wemm.cost import (
+    activation_bytes,
+    count_parameters,
+    image_cost,
+    kv_bytes_per_token,
+    largest_image,
+    plan_memory,
+    prefill_flops,
+)
 from wemm.errors import ParameterError
 
 CONFIG, PLORA = PRESETS["wemm-chat-2k-cn"]
@@ -40,6 +48,34 @@ def test_a_2k_image():
     assert cost.plan.num_tokens == 947
     assert cost.tower_flops == pytest.approx(39e12, rel=0.02)
     assert cost.tower_attention_flops == pytest.approx(27e12, rel=0.02)
+
+
+def test_image_tokens_cost_plora_and_kv():
+    n, text = 947, CONFIG.text
+    per_token = 2 * 512 * (6144 + 4096 + 4096 + 4096 + 3 * (14336 + 4096)) * text.num_hidden_layers
+    assert prefill_flops(CONFIG, PLORA, n, n) - prefill_flops(CONFIG, PLORA, n, 0) == n * per_token
+    assert image_cost(CONFIG, PLORA, 1960, 1470, "float16").kv_bytes == n * kv_bytes_per_token(CONFIG, "float16")
+
+
+def test_activations_are_the_larger_of_tower_and_prefill():
+    sizes = [activation_bytes(CONFIG, tokens, "float16") for tokens in (1, 100, 20_000, 40_000)]
+    assert sizes[0] == sizes[1]
+    assert sizes[3] == 2 * sizes[2] > sizes[1]
+
+
+def test_the_largest_image_of_a_fixed_size():
+    import dataclasses
+
+    from wemm.config import ImageConfig
+
+    config = dataclasses.replace(CONFIG, image=ImageConfig(fixed_size=(14, 280)))
+    assert largest_image(config).num_patches >= 20
+
+
+def test_max_model_len_shrinks_to_the_cache():
+    memory = 4096 * kv_bytes_per_token(CONFIG, "float16")
+    plan = plan_memory(CONFIG, 10**9, "float16", 2**36, None, 4, 256, 16, memory)
+    assert (plan.kv_tokens, plan.max_model_len) == (4096, 4096)
 
 
 def test_tower_flops_are_what_torch_counts(llm, ask):
@@ -78,7 +114,7 @@ def test_sizes_as_people_write_them(text, size):
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "foo", "-1G", "4 GiB!", "1e9", "nan", "G"])
+@pytest.mark.parametrize("text", ["", "9" * 400, "foo", "-1G", "4 GiB!", "1e9", "nan", "G"])
 def test_sizes_nobody_writes(text):
     from wemm.config import parse_bytes
 

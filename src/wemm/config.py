@@ -238,7 +238,7 @@ _BYTE_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 def parse_bytes(text: str) -> int:
     """`4GiB`, `512M`, `1073741824` → bytes. Raises ParameterError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
     if not match:
         raise ParameterError(f"a size is written like 4GiB, 512MiB or 1073741824. Given: {text!r}")
     return int(float(match[1]) * _BYTE_UNITS[match[2].upper()])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 from wemm.config import option
 from wemm.errors import ParameterError, WemmError
 
+SMALLEST = 1e-6
+"""Least temperature above 0, top_p and repetition penalty: smaller ones vanish in float32."""
 MAX_LOGPROBS = 20
 MAX_N = 128
 MAX_STOP_STRINGS = 64
@@ -18,12 +19,10 @@ _INT32_MAX = 2**31 - 1
 _UINT64_MAX = 2**64 - 1
 
 
-def _check_number(name: str, value: Any, low: float, high: float, open_low: bool = False) -> None:
+def _check_number(name: str, value: Any, low: float, high: float) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    inside = is_number and math.isfinite(value) and low <= value <= high and not (open_low and value == low)
-    if not inside:
-        bracket = "(" if open_low else "["
-        raise ParameterError(f"{name} must be a finite number in {bracket}{low:g}, {high:g}]. Given: {value!r}")
+    if not is_number or not low <= value <= high:  # false for NaN
+        raise ParameterError(f"{name} must be a finite number in [{low:g}, {high:g}]. Given: {value!r}")
 
 
 def _check_integer(name: str, value: Any, low: int, high: int) -> None:
@@ -75,10 +74,12 @@ class SamplingParams:
     def __post_init__(self) -> None:
         _check_integer("n", self.n, 1, MAX_N)
         _check_number("temperature", self.temperature, 0, 1e4)
-        _check_number("top_p", self.top_p, 0, 1, open_low=True)
+        if 0 < self.temperature < SMALLEST:
+            raise ParameterError(f"temperature must be 0 or at least {SMALLEST:g}. Given: {self.temperature!r}")
+        _check_number("top_p", self.top_p, SMALLEST, 1)
         _check_integer("top_k", self.top_k, -1, _INT32_MAX)
         _check_number("min_p", self.min_p, 0, 1)
-        _check_number("repetition_penalty", self.repetition_penalty, 0, 1e4, open_low=True)
+        _check_number("repetition_penalty", self.repetition_penalty, SMALLEST, 1e4)
         _check_number("presence_penalty", self.presence_penalty, -2, 2)
         _check_number("frequency_penalty", self.frequency_penalty, -2, 2)
         _check_integer("max_tokens", self.max_tokens, 1, _INT32_MAX)

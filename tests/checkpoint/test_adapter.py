@@ -76,6 +76,8 @@ def test_a_linear_of_another_rank(tiny, edit_json):
         ({"r": 2048}, "r must be an integer"),
         ({"lora_alpha": -1}, r"lora_alpha must be a number in \(0, 1024\]"),
         ({"use_rslora": "yes"}, "use_rslora must be true or false"),
+        ({"rank_pattern": {"(": 4}}, r"rank_pattern key '\(' is not a regular expression"),
+        ({"lora_alpha": True}, "lora_alpha must be a number"),
         ({"rank_pattern": [1]}, "rank_pattern must be an object"),
         ({"alpha_pattern": {"wo": "x"}}, "alpha_pattern.wo must be a number"),
     ],
@@ -146,6 +148,36 @@ def test_a_wrong_adapter_map(tiny, content, message):
     with pytest.raises(CheckpointError) as error:
         open_checkpoint(tiny)
     assert message in str(error.value)
+
+
+def test_an_adapter_directory_with_some_factors(tiny, tmp_path):
+    """Those win; the others stay the model's own."""
+    other = _adapter_directory(tiny, tmp_path / "some")
+    tensors = load_file(other / "plora.safetensors")
+    save_file({name: t for name, t in tensors.items() if ".layers.0." in name}, other / "plora.safetensors")
+    (tiny / "lora_adapter.json").write_text(json.dumps({"wemm": str(other)}))
+    files = {name: tensor.file.parent for name, tensor in open_checkpoint(tiny).tensors.items() if is_plora(name)}
+    assert {directory for name, directory in files.items() if ".layers.0." in name} == {other}
+    assert {directory for name, directory in files.items() if ".layers.1." in name} == {tiny}
+
+
+def test_an_empty_adapter_config_means_pefts_defaults(tiny):
+    (tiny / "adapter_config.json").write_text("{}")
+    plora = open_checkpoint(tiny).plora
+    assert (plora.rank(WQKV), plora.scaling(WQKV)) == (8, 1)
+
+
+def test_no_plora_anywhere(tiny, edit_json):
+    (tiny / "adapter_config.json").unlink()
+    (tiny / "model.safetensors.index.json").unlink()
+    edit_json(tiny / "config.json", text_config__lora_cfg=None)
+    for shard in tiny.glob("*.safetensors"):
+        save_file({name: t for name, t in load_file(shard).items() if not is_plora(name)}, shard)
+    with pytest.raises(CheckpointError, match="no PLoRA tensors .* run without PLoRA by --no-plora"):
+        open_checkpoint(tiny)
+    with pytest.raises(CheckpointError, match="no PLoRA rank in its files"):
+        LLM(str(tiny), load_format="dummy", device="cpu")
+    LLM(str(tiny), load_format="dummy", device="cpu", plora=False).close()
 
 
 def test_an_adapter_directory_without_factors(tiny, tmp_path):

@@ -125,6 +125,62 @@ def test_force_replaces_checkpoints_only(tiny, tmp_path):
         convert(tiny, file, force=True)
 
 
+def test_when_the_replacement_fails_the_old_checkpoint_is_back(tiny, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    convert(tiny, out, "float32")
+    rename = Path.rename
+
+    def fail_once(self, target):
+        if ".partial-" in self.name:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_once)
+    with pytest.raises(StorageError, match="Input/output error"):
+        convert(tiny, out, force=True)
+    assert open_checkpoint(out).dtype == "float32"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tiny"]
+
+
+def test_a_name_no_directory_can_have(tiny, tmp_path):
+    with pytest.raises(StorageError, match="cannot write"):
+        convert(tiny, tmp_path / "a\0b")
+
+
+def test_a_link_is_not_replaced(tiny, tmp_path):
+    convert(tiny, tmp_path / "out")
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    with pytest.raises(StorageError, match="exists and is not a directory"):
+        convert(tiny, tmp_path / "link", force=True)
+
+
+def test_patterns_rslora_and_permissions_survive(tiny, tmp_path, edit_json):
+    edit_json(tiny / "adapter_config.json", use_rslora=True, rank_pattern={"wo": 8}, alpha_pattern={"wo": 4})
+    convert(tiny, tmp_path / "out")
+    before, after = open_checkpoint(tiny).plora, open_checkpoint(tmp_path / "out").plora
+    assert (after.use_rslora, after.rank_pattern, after.alpha_pattern) == (True, {"wo": 8}, {"wo": 4.0})
+    assert after.scaling("x.attention.wo") == before.scaling("x.attention.wo")
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
+
+
+def test_code_of_the_hub_is_not_referred_to(tiny, tmp_path):
+    assert "auto_map" in json.loads((tiny / "config.json").read_text())
+    convert(tiny, tmp_path / "out")
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def test_what_was_written_is_read_back(tiny, tmp_path, monkeypatch):
+    from wemm.checkpoint import convert as module
+
+    write = module._write_shard
+    monkeypatch.setattr(
+        module, "_write_shard", lambda path, tensors, dtype, advance: write(path, tensors, "float32", advance)
+    )
+    with pytest.raises(StorageError, match="was not written as it should be; check the disk"):
+        convert(tiny, tmp_path / "out", "float16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny"]
+
+
 def test_a_broken_source_leaves_nothing(tiny, tmp_path):
     os.truncate(tiny / "model-00002-of-00003.safetensors", 1000)
     with pytest.raises(CheckpointError):

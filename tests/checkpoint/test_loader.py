@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -27,7 +29,9 @@ def _load(checkpoint, dtype=torch.float32, tensor_parallel=TensorParallel()):  #
 def test_the_table_names_exactly_the_parameters_of_the_model():
     """weight_map and the modules agree on every name and shape, also for the real sizes and with biases."""
     config, plora = PRESETS["wemm-chat-2k-cn"]
-    for used in (plora, None):
+    biased = dataclasses.replace(config, downsampler=dataclasses.replace(config.downsampler, depth=3, bias=True))
+    assert "downsampler.linear_model.3.bias" in expected_tensors(biased, None)
+    for config, used in ((config, plora), (config, None), (biased, None)):
         with torch.device("meta"):
             model = WemmModel(config, used)
         parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -109,3 +113,24 @@ def test_plora_is_left_out_whole(tiny):
     checkpoint = open_checkpoint(tiny, use_plora=False)
     assert not any(is_plora(name) for name in checkpoint.tensors)
     assert not [name for name, _ in _load(checkpoint).named_parameters() if "plora" in name]
+
+
+def test_dummy_norms_are_near_1_and_equal_shapes_differ(tiny):
+    checkpoint = open_checkpoint(tiny)
+    with torch.device("meta"):
+        model = WemmModel(checkpoint.config, checkpoint.plora)
+    load_dummy_weights(model, torch.float32, CPU)
+    assert model.language_model.norm.weight.mean().item() == pytest.approx(1, abs=0.1)
+    assert model.vision_tower.post_layernorm.bias.mean().item() == pytest.approx(0, abs=0.1)
+    layers = model.language_model.layers
+    assert not torch.equal(layers[0].attention.wo.weight, layers[1].attention.wo.weight)
+
+
+def test_a_model_the_checkpoint_does_not_fill(tiny):
+    checkpoint = open_checkpoint(tiny)
+    with torch.device("meta"):
+        model = WemmModel(checkpoint.config, checkpoint.plora)
+    with pytest.raises(IntegrityError, match="parameters without a tensor: .*plora_a"):
+        load_weights(model, open_checkpoint(tiny, use_plora=False), torch.float32, CPU)
+    with pytest.raises(IntegrityError, match="its slice is"):
+        load_weights(model, checkpoint, torch.float32, CPU, TensorParallel(0, 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from wemm.checkpoint.checkpoint import default_sampling_params, locate, open_checkpoint
+from wemm.checkpoint.checkpoint import default_sampling_params, is_preset, locate, open_checkpoint
 from wemm.checkpoint.shards import INDEX_NAME
 from wemm.errors import CheckpointError, ClientError, ConfigError, ModelNotFoundError
 
@@ -210,6 +211,18 @@ def test_fuzzed_config_values(tiny, data):
         ({"vision_config__num_hidden_layers": 2**70}, "num_hidden_layers must be an integer in [1, 1024]"),
         ({"downsampler_config__depth": 10**9}, "depth must be an integer in [1, 1024]"),
         ({"image_processor__size": {"longest_edge": 10**6}}, "longest_edge must be an integer in [1, 16384]"),
+        ({"text_config__rms_norm_eps": 10**400}, "rms_norm_eps must be a finite number > 0"),
+        ({"text_config__rms_norm_eps": float("inf")}, "rms_norm_eps must be a finite number > 0"),
+        ({"vision_config__num_channels": 4}, "num_channels must be 3"),
+        ({"vision_config__image_size": 7}, "image_size must be at least one patch"),
+        ({"text_config__num_attention_heads": 128}, "must make 128 heads of even width"),
+        ({"text_config__num_key_value_heads": 3}, "must be a multiple of 3 KV heads"),
+        ({"text_config__bias": True}, "text_config.bias must be false"),
+        ({"text_config__tie_word_embeddings": True}, "tie_word_embeddings must be false"),
+        ({"vision_config__hidden_act": "gelu"}, "vision_config.hidden_act must be gelu_pytorch_tanh"),
+        ({"downsampler_config__hidden_act": "silu"}, "downsampler_config.hidden_act must be gelu"),
+        ({"spliter_emb_config__embedding_dim": 64}, "embedding_dim is 64"),
+        ({"downsampler_config__visual_hidden_size": 64}, "visual_hidden_size is 64"),
         ({"text_config__rope_scaling": {"type": "yarn"}}, "rope_scaling.type must be linear or dynamic"),
         ({"text_config__hidden_act": "gelu"}, "text_config.hidden_act must be silu"),
         ({"vision_config__num_attention_heads": 5}, "vision_config.hidden_size must be a multiple of 5 heads"),
@@ -290,3 +303,49 @@ def test_generation_config_decides_the_default(tiny):
     path.write_text('{"do_sample": true, "top_p": 7}')
     with pytest.raises(ConfigError, match=r"generation_config.json: top_p must be .* Given: 7"):
         default_sampling_params(tiny)
+
+
+def test_other_spellings_of_dtype_and_rope(tiny, edit_json):
+    edit_json(tiny / "config.json", torch_dtype=None, dtype="torch.bfloat16")
+    assert open_checkpoint(tiny).dtype == "bfloat16"
+    edit_json(tiny / "config.json", text_config__rope_scaling={"rope_type": "linear", "factor": 2.0})
+    assert open_checkpoint(tiny).config.text.rope_scaling.type == "linear"
+
+
+def test_without_a_declared_dtype_the_tensors_say_it(tiny, edit_json):
+    edit_json(tiny / "config.json", torch_dtype=None)
+    assert open_checkpoint(tiny).dtype == "float16"
+
+
+@pytest.mark.parametrize("content", ["[]", '{"weight_map": []}', "{}", "[" * 100_000])
+def test_a_damaged_index(tiny, content):
+    (tiny / INDEX_NAME).write_text(content)
+    with pytest.raises(ConfigError, match="index.json"):
+        open_checkpoint(tiny)
+
+
+def test_a_config_of_gigabytes_is_not_read(tiny, monkeypatch):
+    monkeypatch.setattr("wemm.checkpoint.shards.MAX_JSON_BYTES", 10)
+    with pytest.raises(ConfigError, match="larger than 10 bytes"):
+        open_checkpoint(tiny)
+
+
+def test_names_no_file_can_have(tiny):
+    with pytest.raises(ModelNotFoundError, match="no model"):
+        locate("x" * 5000)
+    (tiny / "lora_adapter.json").write_text(json.dumps({"wemm": "x" * 5000}))
+    with pytest.raises(CheckpointError, match="does not exist"):
+        open_checkpoint(tiny)
+    (tiny / INDEX_NAME).write_text(json.dumps({"weight_map": {"a": "x" * 300}}))
+    with pytest.raises(CheckpointError, match="shard is missing"):
+        open_checkpoint(tiny)
+
+
+def test_a_directory_wins_over_a_bundled_name_and_a_preset(tiny, monkeypatch):
+    monkeypatch.chdir(tiny.parent)
+    assert locate("tiny") == Path("tiny")
+    assert is_preset("wemm-chat-2k-cn")
+    tiny.rename(tiny.parent / "wemm-chat-2k-cn")
+    assert not is_preset("wemm-chat-2k-cn")
+    monkeypatch.setenv("HOME", str(tiny.parent))
+    assert locate("~/wemm-chat-2k-cn") == tiny.parent / "wemm-chat-2k-cn"

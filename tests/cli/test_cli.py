@@ -129,7 +129,7 @@ def test_wrong_images(run, tmp_path):
         (["--max-tokens", "many"], "--max-tokens"),
         (["--temperature", "nan"], "temperature must be a finite number in [0, 10000]. Given: nan"),
         (["--temperature", "-1"], "Given: -1"),
-        (["--top-p", "0"], "top_p must be a finite number in (0, 1]"),
+        (["--top-p", "0"], "top_p must be a finite number in [1e-06, 1]"),
         (["--dtype", "int3"], "dtype must be auto, float32, bfloat16, float16. Given: 'int3'"),
         (["--device", "toaster"], "device 'toaster' cannot be used"),
         (["--device", "meta"], "device 'meta' holds no data"),
@@ -240,6 +240,28 @@ def test_ours_is_not_the_users(run, monkeypatch):
     status, _, err = run(*TEXT)
     assert status == 1
     assert err == "error: NaN or Inf in stage 'language_model' computed in bfloat16; try --dtype float32\n"
+
+
+def test_an_error_is_one_line_whatever_it_quotes(run):
+    _assert_one_error(run("info", "a\nb"))
+
+
+def test_a_typo_does_not_cost_the_loading(run, monkeypatch):
+    def load(*arguments):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("wemm.engine.llm.build_engine", load)
+    _assert_one_error(run(*TEXT, "--max-tokens", "0"), "max_tokens must be")
+
+
+def test_defaults_of_the_checkpoint_reach_the_command(run, tiny):
+    (tiny / "generation_config.json").write_text('{"max_new_tokens": 3}')
+    answer = json.loads(run("generate", "-m", tiny, "-p", "hi", "--json", "--ignore-eos")[1])
+    assert len(answer["token_ids"]) == 3
+
+
+def test_info_of_the_preset_without_plora(run):
+    assert json.loads(run("info", "wemm-chat-2k-cn", "--no-plora", "--json")[1])["plora"] is None
 
 
 def test_interrupted(run, monkeypatch):

@@ -70,6 +70,17 @@ def test_an_image_lives_as_long_as_someone_holds_it():
     cache.check_idle()
 
 
+def test_images_left_behind_are_found():
+    cache = EncoderCache()
+    cache.acquire("one", ["image"])
+    with pytest.raises(IntegrityError, match="1 images are still held"):
+        cache.check_idle()
+    cache = EncoderCache()
+    cache._embeds["image"] = None
+    with pytest.raises(IntegrityError, match="1 images are kept for nobody"):
+        cache.check_integrity()
+
+
 def test_an_image_nobody_holds_is_refused():
     with pytest.raises(IntegrityError, match="held by no sequence"):
         EncoderCache().store("image", None)

@@ -11,6 +11,7 @@ from PIL import Image
 from wemm import LLM, SamplingParams
 from wemm.cost import kv_bytes_per_token
 from wemm.errors import (
+    CheckpointError,
     EngineError,
     InsufficientMemoryError,
     MediaError,
@@ -207,6 +208,72 @@ def test_a_stream_left_early_frees_everything(llm, ask):
     assert llm._open.engine.num_unfinished == 0
 
 
+def test_streams_side_by_side_keep_to_themselves(llm, ask):
+    """Two open streams, and a chat between their steps: each ends as it does alone."""
+    prompts = [ask("hi"), ask("Why is the ocean blue?"), ask("?")]
+    alone = [llm.chat(prompt, GREEDY)[0].outputs for prompt in prompts]
+    first, second = llm.stream_chat(prompts[0], GREEDY), llm.stream_chat(prompts[1], GREEDY)
+    next(first)
+    next(second)
+    [between] = llm.chat(prompts[2], GREEDY)
+    assert between.outputs == alone[2]
+    assert list(second)[-1].outputs == alone[1]
+    assert list(first)[-1].outputs == alone[0]
+
+
+def test_a_stream_does_not_outlive_its_engine(ask):
+    with LLM("tiny", device="cpu") as llm:
+        stream = llm.stream_chat(ask("hi"), GREEDY)
+        next(stream)
+    with pytest.raises(EngineError, match="closed"):
+        list(stream)
+
+
+def test_one_failing_answer_of_several_frees_all(ask):
+    """n = 2, and one of the two rows goes wrong in decode: the request fails whole and holds nothing."""
+    with LLM("tiny", device="cpu") as llm:
+        runner = llm._open.engine._model_runner
+        forward = runner.forward
+
+        def fail_second_row(batch):
+            logits, errors = forward(batch)
+            return logits, errors if batch.is_prefill else [errors[0], NumericalError("language_model", "float32")]
+
+        runner.forward = fail_second_row
+        with pytest.raises(NumericalError):
+            llm.chat(ask("hi"), SamplingParams(n=2, max_tokens=5, temperature=1.0, ignore_eos=True))
+        llm._open.engine.check_integrity()
+
+
+def test_a_long_list_is_taken_in_as_the_engine_drains(ask, monkeypatch):
+    with LLM("tiny", device="cpu", max_num_seqs=2) as llm:
+        engine, seen = llm._open.engine, []
+        add = engine.add_request
+        monkeypatch.setattr(
+            engine, "add_request", lambda request: (add(request), seen.append(engine.num_unfinished))
+        )
+        llm.chat([ask(str(i)) for i in range(7)], SamplingParams(max_tokens=2))
+    assert max(seen) <= 2
+
+
+def test_the_chosen_token_of_a_greedy_answer_has_rank_1(llm, ask):
+    [output] = llm.chat(ask("hi"), SamplingParams(max_tokens=3, logprobs=0, ignore_eos=True))
+    assert [[entry.rank for entry in entries.values()] for entries in output.outputs[0].logprobs] == [[1]] * 3
+
+
+def test_a_tokenizer_larger_than_the_model(tiny, edit_json):
+    edit_json(tiny / "config.json", text_config__vocab_size=100)
+    with pytest.raises(CheckpointError, match="the tokenizer has ids beyond vocab_size 100"):
+        LLM(str(tiny), load_format="dummy", device="cpu")
+
+
+def test_random_weights_need_no_shards(tiny, ask):
+    for path in tiny.glob("*.safetensors*"):
+        path.unlink()
+    with LLM(str(tiny), load_format="dummy", device="cpu") as llm:
+        assert llm.chat(ask("hi"), SamplingParams(max_tokens=1))[0].finished
+
+
 def test_metrics_add_up(llm, ask, golden_images):
     [output] = llm.chat(ask("hi", golden_images / "33x21.png"), GREEDY)
     m = output.metrics
@@ -354,6 +421,8 @@ def test_closed(ask):
         ({"load_format": "gguf"}, ParameterError, "load_format must be auto or dummy"),
         ({"tensor_parallel_size": 2}, ParameterError, "tensor_parallel_size must be 1 in this version"),
         ({"max_num_seqs": 0}, ParameterError, "max_num_seqs must be an integer >= 1. Given: 0"),
+        ({"seed": -1}, ParameterError, "seed must be an integer in"),
+        ({"seed": 2**32}, ParameterError, "seed must be an integer in"),
         ({"block_size": True}, ParameterError, "block_size must be an integer"),
         ({"max_model_len": 1}, ParameterError, r"max_model_len must be in \[2, 32768\]"),
         ({"max_model_len": 40_000}, ParameterError, r"max_model_len must be in \[2, 32768\]"),

@@ -76,6 +76,11 @@ def test_a_stop_string_completed_by_the_last_allowed_token():
     assert (answer.text, answer.finish_reason) == ("ab", "stop")
 
 
+def test_a_stop_string_in_the_flushed_rest():
+    answer, _ = _run(_bytes("世"), max_tokens=2, stop=["�"])
+    assert (answer.text, answer.finish_reason) == ("", "stop")
+
+
 def test_what_was_held_back_is_shown_at_the_end():
     answer, shown = _run(_bytes("ab#"), max_tokens=3, stop=["##"])
     assert shown == ["a", "ab", "ab#"]

@@ -42,7 +42,7 @@ def test_filters():
     assert _kept(top_k=0) == _kept(top_k=-1) == _kept(top_k=5) == _kept(top_k=99) == [True] * 5
     assert _kept(top_p=0.5) == [True, False, False, False, False]
     assert _kept(top_p=0.7) == [True, True, False, False, False]
-    assert _kept(top_p=1e-9) == [True, False, False, False, False]
+    assert _kept(top_p=1e-6) == [True, False, False, False, False]
     assert _kept(min_p=0.2) == [True, True, False, False, False]
     assert _kept(min_p=1.0) == [True, False, False, False, False]
     # top_p works on what top_k left: of 0.64 and 0.23 the first alone is 73 %.
@@ -65,6 +65,11 @@ def test_a_most_probable_token_always_survives(logits, temperature, top_p, top_k
     assert probs.isfinite().all()
     assert (probs >= 0).all()
     assert probs.max() == unfiltered.max() > 0
+
+
+def test_top_p_is_reached_by_the_first_of_two_equals():
+    params = SamplingParams(temperature=1.0, top_p=0.5)
+    assert (filtered_probs(torch.zeros(2), params) > 0).tolist() == [True, False]
 
 
 def test_tiny_temperature_is_greedy_and_finite():
@@ -93,7 +98,9 @@ def test_draws_follow_the_distribution(llm):
     ("name", "value"),
     [
         ("n", 0), ("n", 129), ("n", 1.0), ("n", True), ("temperature", -0.1), ("temperature", math.nan),
-        ("temperature", math.inf), ("temperature", "1"), ("top_p", 0), ("top_p", 1.1), ("top_k", -2),
+        ("temperature", math.inf), ("temperature", "1"), ("temperature", 10**400),
+        ("temperature", 1e-46), ("top_p", 1e-46), ("repetition_penalty", 1e-40), ("stop_token_ids", [True]),
+        ("top_p", 0), ("top_p", 1.1), ("top_k", -2),
         ("top_k", 2**31), ("min_p", -0.1), ("min_p", 2), ("repetition_penalty", 0),
         ("repetition_penalty", math.nan),
         ("presence_penalty", 3), ("frequency_penalty", -2.1), ("max_tokens", 0), ("max_tokens", -1),

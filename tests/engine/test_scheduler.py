@@ -113,6 +113,15 @@ def test_the_youngest_gives_way_and_comes_back_first():
     assert step.scheduled[0].num_new_tokens == 9  # prompt and the two tokens it had drawn
 
 
+def test_the_youngest_of_three_gives_way():
+    scheduler, *_ = _scheduler(num_blocks=6)
+    for name in "abc":
+        scheduler.add(_sequence(name, 7))
+    _run(scheduler)
+    _run(scheduler)
+    assert _names(_run(scheduler)) == ["a", "b"]
+
+
 def test_one_sequence_larger_than_the_cache_is_a_broken_promise():
     """max_model_len is bounded by the cache before any request is taken; here that promise is broken."""
     scheduler, *_ = _scheduler(num_blocks=2)

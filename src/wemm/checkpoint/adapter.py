@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +62,7 @@ def _adapter_directory(directory: Path) -> Path:
     if not isinstance(target, str):
         raise ConfigError(f'{path}: must be {{"{ADAPTER_ID}": DIRECTORY}}')
     adapter_directory = directory / target
-    if not adapter_directory.is_dir():
+    if not os.path.isdir(adapter_directory):  # noqa: PTH112 - False for a name no file can have
         raise CheckpointError(
             f"{path}: adapter directory {target!r} does not exist; correct it, "
             "or delete the file to use the PLoRA of the checkpoint itself"
@@ -81,6 +83,8 @@ def _read_adapter_config(path: Path) -> PloraConfig | None:
     for key, pattern in patterns.items():
         if not isinstance(pattern, dict):
             raise ConfigError(f"{path}: {key} must be an object. Given: {pattern!r}")
+        for expression in pattern:
+            _check_expression(path, key, expression)
     return PloraConfig(
         rank,
         alpha,
@@ -89,6 +93,13 @@ def _read_adapter_config(path: Path) -> PloraConfig | None:
         {key: _alpha(path, f"alpha_pattern.{key}", value) for key, value in patterns["alpha_pattern"].items()},
         source=str(path),
     )
+
+
+def _check_expression(path: Path, key: str, expression: str) -> None:
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise ConfigError(f"{path}: {key} key {expression!r} is not a regular expression: {error}") from None
 
 
 def _rank(path: Path, key: str, value: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,11 +59,12 @@ def locate(model: str) -> Path:
     """Checkpoint directory of a path, a bundled name or a hub id. Raises ModelNotFoundError."""
     path = Path(model).expanduser()
     bundled = sorted(p.name for p in BUNDLED_DIRECTORY.iterdir() if p.is_dir())
-    if model and path.is_dir():
+    # os.path, unlike Path, answers False for a name that no file can have.
+    if model and os.path.isdir(path):  # noqa: PTH112
         return path
     if model in bundled:
         return BUNDLED_DIRECTORY / model
-    if model and path.exists():
+    if model and os.path.exists(path):  # noqa: PTH110
         raise ModelNotFoundError(f"{model!r} is a file; give the directory that holds config.json")
     is_hub_id = model.count("/") == 1 and not model.startswith((".", "/", "~")) and not model.endswith("/")
     if not is_hub_id:

@@ -5,7 +5,6 @@ The original reads every language-model field from text_config and ignores most 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -95,7 +94,7 @@ class _Section:
     def number(self, key: str, default: Any = None) -> float:
         value = self._get(key, _REQUIRED if default is None else default)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or value <= 0:
+        if not is_number or not 0 < value < _MAX_NUMBER:
             raise self.fail(key, "must be a finite number > 0")
         return float(value)
 
@@ -118,6 +117,7 @@ class _Section:
 
 _REQUIRED = object()
 _MAX_LAYERS = 1024
+_MAX_NUMBER = 1e30
 _MAX_EDGE = 16384
 
 

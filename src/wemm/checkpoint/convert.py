@@ -88,6 +88,8 @@ def _check_target(checkpoint: Checkpoint, target: Path, force: bool) -> None:
 def _storage_errors(target: Path) -> Iterator[None]:
     try:
         yield
+    except ValueError as error:  # a name no file can have
+        raise StorageError(f"cannot write {str(target)!r}: {error}") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             reason = "the disk is full"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -46,6 +47,7 @@ class LLM:
         self.config = EngineConfig(model=str(model), **options)
         self._built: BuiltEngine | None = build_engine(self.config, progress)
         self._num_requests = 0
+        self._mailboxes: dict[str, deque[RequestOutput]] = {}
 
     def chat(
         self,
@@ -84,17 +86,18 @@ class LLM:
         self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
     ) -> Iterator[RequestOutput]:
         """Answer one conversation; yields its state after every token, the last one `finished`."""
-        built = self._open
-        request = self._request(messages, built.processor.chat, sampling_params)
-        built.engine.add_request(request)
+        request = self._request(messages, self._open.processor.chat, sampling_params)
+        mailbox = self._submit(request)
         try:
-            while built.engine.num_unfinished:
-                for output in built.engine.step():
-                    if output.error is not None:
-                        raise output.error
+            while True:
+                while mailbox:
+                    output = _checked(mailbox.popleft())
                     yield output
+                    if output.finished:
+                        return
+                self._step()
         finally:
-            built.engine.abort(request.request_id)
+            self._forget(request.request_id)
 
     @property
     def default_sampling_params(self) -> SamplingParams:
@@ -134,29 +137,43 @@ class LLM:
         if not isinstance(prompts, Sequence) or isinstance(prompts, (str, bytes)):
             raise PromptError(f"give one prompt or a list of them. Given: {type(prompts).__name__}")
         params = _per_prompt(sampling_params, len(prompts))
-        engine, waiting = self._open.engine, iter(zip(prompts, params, strict=True))
+        waiting = iter(zip(prompts, params, strict=True))
         finished: dict[str, RequestOutput] = {}
         order: list[str] = []
+        running: dict[str, deque[RequestOutput]] = {}
         with progress("answering", len(prompts), "answers") as advance:
             try:
                 while len(finished) < len(prompts):
                     # Prompts are processed as the engine drains, so that a long list of images is
                     # never held as pixels all at once.
-                    while engine.num_unfinished < self.config.max_num_seqs and len(order) < len(prompts):
+                    while len(running) < self.config.max_num_seqs and len(order) < len(prompts):
                         prompt, prompt_params = next(waiting)
                         request = self._request(prompt, process, prompt_params)
                         order.append(request.request_id)
-                        engine.add_request(request)
-                    for output in engine.step():
-                        if output.error is not None:
-                            raise output.error
-                        if output.finished:
-                            finished[output.request_id] = output
-                            advance(1)
+                        running[request.request_id] = self._submit(request)
+                    self._step()
+                    for request_id in [i for i, mailbox in running.items() if mailbox and mailbox[-1].finished]:
+                        finished[request_id] = _checked(running.pop(request_id)[-1])
+                        advance(1)
             finally:
                 for request_id in order:
-                    engine.abort(request_id)
+                    self._forget(request_id)
         return [finished[request_id] for request_id in order]
+
+    def _submit(self, request: Request) -> deque[RequestOutput]:
+        """Hand a request to the engine; its states arrive in the returned mailbox."""
+        self._open.engine.add_request(request)
+        return self._mailboxes.setdefault(request.request_id, deque())
+
+    def _step(self) -> None:
+        """One engine step for everyone under way."""
+        for output in self._open.engine.step():
+            self._mailboxes[output.request_id].append(output)
+
+    def _forget(self, request_id: str) -> None:
+        self._mailboxes.pop(request_id, None)
+        if self._built is not None:
+            self._built.engine.abort(request_id)
 
     def _request(
         self, prompt: Any, process: Callable[[Any], ProcessedPrompt], params: SamplingParams | None
@@ -175,6 +192,12 @@ class LLM:
             arrival_time=arrival_time,
             metrics=RequestMetrics(processing=time.perf_counter() - arrival_time),
         )
+
+
+def _checked(output: RequestOutput) -> RequestOutput:
+    if output.error is not None:
+        raise output.error
+    return output
 
 
 def _is_conversation(messages: Any) -> bool:
