@@ -31,11 +31,11 @@ def test_the_table_names_exactly_the_parameters_of_the_model():
     config, plora = PRESETS["wemm-chat-2k-cn"]
     biased = dataclasses.replace(config, downsampler=dataclasses.replace(config.downsampler, depth=3, bias=True))
     assert "downsampler.linear_model.3.bias" in expected_tensors(biased, None)
-    for config, used in ((config, plora), (config, None), (biased, None)):
+    for checked, used in ((config, plora), (config, None), (biased, None)):
         with torch.device("meta"):
-            model = WemmModel(config, used)
+            model = WemmModel(checked, used)
         parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        assert parameters == {s.parameter: s.shape for s in expected_tensors(config, used).values()}
+        assert parameters == {s.parameter: s.shape for s in expected_tensors(checked, used).values()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

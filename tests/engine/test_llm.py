@@ -211,14 +211,14 @@ def test_a_stream_left_early_frees_everything(llm, ask):
 def test_streams_side_by_side_keep_to_themselves(llm, ask):
     """Two open streams, and a chat between their steps: each ends as it does alone."""
     prompts = [ask("hi"), ask("Why is the ocean blue?"), ask("?")]
-    alone = [llm.chat(prompt, GREEDY)[0].outputs for prompt in prompts]
+    alone = [llm.chat(prompt, GREEDY)[0].outputs[0].token_ids for prompt in prompts]
     first, second = llm.stream_chat(prompts[0], GREEDY), llm.stream_chat(prompts[1], GREEDY)
     next(first)
     next(second)
     [between] = llm.chat(prompts[2], GREEDY)
-    assert between.outputs == alone[2]
-    assert list(second)[-1].outputs == alone[1]
-    assert list(first)[-1].outputs == alone[0]
+    assert between.outputs[0].token_ids == alone[2]
+    assert list(second)[-1].outputs[0].token_ids == alone[1]
+    assert list(first)[-1].outputs[0].token_ids == alone[0]
 
 
 def test_a_stream_does_not_outlive_its_engine(ask):
