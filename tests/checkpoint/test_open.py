@@ -333,6 +333,8 @@ def test_a_config_of_gigabytes_is_not_read(tiny, monkeypatch):
 def test_names_no_file_can_have(tiny):
     with pytest.raises(ModelNotFoundError, match="no model"):
         locate("x" * 5000)
+    with pytest.raises(ModelNotFoundError, match="no model"):
+        locate("~no-such-user/a/b")
     (tiny / "lora_adapter.json").write_text(json.dumps({"wemm": "x" * 5000}))
     with pytest.raises(CheckpointError, match="does not exist"):
         open_checkpoint(tiny)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from wemm.checkpoint.adapter import Adapter, find_adapter
 from wemm.checkpoint.config_file import parse_config
-from wemm.checkpoint.shards import StoredTensor, read_json, stored_tensors
+from wemm.checkpoint.shards import STORED_DTYPES, StoredTensor, read_json, stored_tensors
 from wemm.checkpoint.weight_map import TensorSpec, expected_tensors, is_plora
 from wemm.config import PRESETS, ModelConfig, PloraConfig
 from wemm.errors import CheckpointError, ConfigError, ModelNotFoundError, ParameterError
@@ -38,16 +38,10 @@ class Checkpoint:
         return self.adapter.plora if self.adapter else None
 
     @property
-    def num_bytes(self) -> int:
-        """Size of the files that hold the tensors."""
-        return sum(file.stat().st_size for file in {t.file for t in self.tensors.values()})
-
-    @property
     def dtype(self) -> str:
         """What config.json declares, else what most of the tensors are stored in."""
         stored = [tensor.dtype for tensor in self.tensors.values()]
-        names = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
-        return self.config.dtype or names[max(set(stored), key=stored.count)]
+        return self.config.dtype or STORED_DTYPES[max(set(stored), key=stored.count)]
 
 
 def is_preset(model: str) -> bool:
@@ -57,9 +51,9 @@ def is_preset(model: str) -> bool:
 
 def locate(model: str) -> Path:
     """Checkpoint directory of a path, a bundled name or a hub id. Raises ModelNotFoundError."""
-    path = Path(model).expanduser()
     bundled = sorted(p.name for p in BUNDLED_DIRECTORY.iterdir() if p.is_dir())
-    # os.path, unlike Path, answers False for a name that no file can have.
+    # os.path, unlike Path, leaves an unknown ~user alone and answers False for a name no file can have.
+    path = Path(os.path.expanduser(model))  # noqa: PTH111
     if model and os.path.isdir(path):  # noqa: PTH112
         return path
     if model in bundled:

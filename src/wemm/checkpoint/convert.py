@@ -21,13 +21,13 @@ import torch
 
 from wemm.checkpoint.adapter import ADAPTER_CONFIG_NAME, ADAPTER_ID, ADAPTER_MAP_NAME
 from wemm.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from wemm.checkpoint.shards import INDEX_NAME, StoredTensor, open_shard, read_json, stored_tensors
+from wemm.checkpoint.shards import INDEX_NAME, STORED_DTYPES, StoredTensor, open_shard, read_json, stored_tensors
 from wemm.checkpoint.weight_map import expected_tensors, plora_linears
 from wemm.config import DTYPES, PloraConfig
 from wemm.errors import ParameterError, StorageError
 from wemm.progress import Advance, ProgressBar, silent
 
-_STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_STORED = {name: stored for stored, name in STORED_DTYPES.items()}
 _WRITTEN_HERE = (INDEX_NAME, "config.json", ADAPTER_CONFIG_NAME, ADAPTER_MAP_NAME)
 _SIDE_FILES = ("*.json", "tokenizer.model", "LICENSE*", "README*")
 _HEADER_ROOM = 2**20
@@ -55,7 +55,7 @@ def convert(
         raise ParameterError(f"dtype must be {', '.join(DTYPES)}. Given: {dtype!r}")
     checkpoint = open_checkpoint(source)
     dtype = dtype or checkpoint.dtype
-    target = target.expanduser().absolute()
+    target = Path(os.path.expanduser(target)).absolute()  # noqa: PTH111 - leaves an unknown ~user alone
     _check_target(checkpoint, target, force)
     with _storage_errors(target), _new_directory(target, force) as partial:
         _check_free_space(checkpoint, dtype, partial)

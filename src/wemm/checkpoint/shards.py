@@ -17,7 +17,8 @@ from wemm.errors import CheckpointError, ConfigError
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_JSON_BYTES = 64 * 2**20
-FLOAT_DTYPES = {"F16": 2, "BF16": 2, "F32": 4}
+STORED_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+"""What a file calls the dtypes that can be loaded, and our names."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,9 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
                     raise CheckpointError(
                         f"{tensor.key} is stored twice: in {found[tensor.key].file.name} and {path.name}"
                     )
-                if tensor.dtype not in FLOAT_DTYPES:
+                if tensor.dtype not in STORED_DTYPES:
                     raise CheckpointError(
-                        f"{path}: {name} has dtype {tensor.dtype}; {', '.join(FLOAT_DTYPES)} can be loaded"
+                        f"{path}: {name} has dtype {tensor.dtype}; {', '.join(STORED_DTYPES)} can be loaded"
                     )
                 found[tensor.key] = tensor
     return found
