@@ -20,9 +20,16 @@ $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/wemm/
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: setup       ## an answer about an image of this repository, from the bundled checkpoint
-	$(BIN)/wemm generate --model tiny --image docs/images/demo.png --prompt "图中有什么？" --max-tokens 32
-	@echo "(tiny has random weights: it shows that every stage runs, not what the model can say)"
+# $(call ask,IMAGE,QUESTION)
+define ask
+	@echo "docs/images/$(1)  $(2)"
+	@$(BIN)/wemm generate --model nano --image docs/images/$(1) --prompt "$(2)"
+endef
+
+demo: setup       ## three questions about three images of this repository, to the bundled model nano
+	$(call ask,word.png,What word is written here?)
+	$(call ask,number.png,图中的数字是多少？)
+	$(call ask,shapes.png,How many circles are there?)
 
 check: setup      ## lint, types, import direction
 	$(BIN)/ruff check .

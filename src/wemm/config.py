@@ -176,7 +176,7 @@ class EngineConfig:
     """How to run a model. The field texts are the `--help` of every command that loads one."""
 
     model: str = field(
-        metadata={"help": "Checkpoint directory, hub id, bundled name (tiny) or preset (wemm-chat-2k-cn)."}
+        metadata={"help": "Checkpoint directory, hub id, bundled name (nano, tiny) or preset (wemm-chat-2k-cn)."}
     )
     dtype: str = option(
         "auto",

@@ -34,7 +34,7 @@ def generate(
 ) -> None:
     """Answer one question about any number of images.
 
-    Example: wemm generate --model tiny --image cat.jpg --prompt "What is in the picture?"
+    Example: wemm generate --model nano --image cat.jpg --prompt "What is in the picture?"
     """
     from wemm.engine.llm import LLM
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ def _cases(inputs: Inputs) -> Mapping[str, tuple[Any, ...]]:
     return {
         "one prompt": case((0, 200)),
         "two prompts": case((0, 33), (0, 16)),
+        "equal neighbours": case((0, 9), (0, 40), (0, 40), (16, 3), (16, 3)),
         "chunk after cached tokens": case((45, 20), (16, 1)),
         "no grouping": case((3, 10), num_kv_heads=4, group=1),
     }
@@ -58,24 +60,25 @@ def prefill_attention(
     the blocks block_tables[i]. caches: [num_blocks, block_size, num_kv_heads, head_dim],
     block_tables: int32 [num_seqs, max_blocks] → like query.
     """
-    num_kv_heads, head_dim = key_cache.shape[2:]
+    block_size, num_kv_heads, head_dim = key_cache.shape[1:]
     group = query.shape[1] // num_kv_heads
     outputs = []
-    bounds, lengths = cu_seqlens_q.tolist(), seq_lens.tolist()
-    for i, seq_len in enumerate(lengths):
-        q = query[bounds[i] : bounds[i + 1]]
-        blocks = block_tables[i, : -(-seq_len // key_cache.shape[1])].long()
+    start, first = 0, 0
+    # Neighbours of one shape are one call.
+    for (num_new, seq_len), run in groupby(zip(cu_seqlens_q.diff().tolist(), seq_lens.tolist(), strict=True)):
+        num_seqs = len(list(run))
+        stop, last = start + num_seqs * num_new, first + num_seqs
+        blocks = block_tables[first:last, : -(-seq_len // block_size)].long()
         k, v = (
-            cache[blocks].view(-1, num_kv_heads, head_dim)[:seq_len].transpose(0, 1).unsqueeze(1)
+            cache[blocks].flatten(1, 2)[:, :seq_len].transpose(1, 2).unsqueeze(2).expand(-1, -1, group, -1, -1)
             for cache in (key_cache, value_cache)
-        )  # [num_kv_heads, 1, seq_len, head_dim]
-        k, v = (x.expand(-1, group, -1, -1) for x in (k, v))
-        num_new = q.shape[0]
-        q = q.view(num_new, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
+        )  # [num_seqs, num_kv_heads, group, seq_len, head_dim]
+        q = query[start:stop].view(num_seqs, num_new, num_kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
         if num_new == seq_len:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         else:
             visible = torch.ones(num_new, seq_len, dtype=torch.bool, device=q.device).tril(seq_len - num_new)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
-        outputs.append(y.permute(2, 0, 1, 3).reshape(num_new, -1, head_dim))
+        outputs.append(y.permute(0, 3, 1, 2, 4).reshape(num_seqs * num_new, -1, head_dim))
+        start, first = stop, last
     return torch.cat(outputs)

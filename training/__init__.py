@@ -1,0 +1,1 @@
+"""How the bundled checkpoint `nano` was made: images, questions, training, measurement."""
