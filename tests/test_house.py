@@ -13,14 +13,14 @@ import pytest
 import wemm
 
 ROOT = Path(__file__).parents[1]
-DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "training").rglob("*.md")])
 
 
-@pytest.mark.parametrize("doc", DOCS, ids=lambda path: path.name)
+@pytest.mark.parametrize("doc", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_docs_name_paths_that_exist(doc):
-    """Every `src/…`, `tests/…`, `docs/…`, `examples/…` in backticks, and every relative link."""
+    """Every `src/…`, `tests/…`, `docs/…`, `examples/…`, `training/…` in backticks, and every relative link."""
     text = doc.read_text(encoding="utf-8")
-    named = re.findall(r"`((?:src|tests|docs|examples)/[\w./-]+)`", text)
+    named = re.findall(r"`((?:src|tests|docs|examples|training)/[\w./-]+)`", text)
     linked = re.findall(r"\]\(([^)#:]+)\)", text)
     missing = [path for path in named if not (ROOT / path).exists()]
     missing += [link for link in linked if not (doc.parent / link).exists()]
@@ -60,7 +60,7 @@ def test_commands_of_the_readme_run(readme, tmp_path):
     commands = [shlex.split(line) for line in lines if line.startswith("wemm ")]
     assert len(commands) == 3
     for command in commands:
-        replaced = [{"/data/WeMM-Chat-2k-CN": "tiny", "invoice.jpg": str(ROOT / "docs/images/demo.png")}.get(a, a)
+        replaced = [{"/data/WeMM-Chat-2k-CN": "nano", "invoice.jpg": str(ROOT / "docs/images/demo.png")}.get(a, a)
                     for a in command[1:]]  # fmt: skip
         result = subprocess.run(
             [sys.executable, "-m", "wemm", *replaced], cwd=tmp_path, input="", capture_output=True, text=True
@@ -75,7 +75,7 @@ def test_commands_of_the_readme_run(readme, tmp_path):
 def test_the_python_example_of_the_readme_runs(tmp_path):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
-    code = code.replace("/data/WeMM-Chat-2k-CN", "tiny").replace("invoice.jpg", str(ROOT / "docs/images/demo.png"))
+    code = code.replace("/data/WeMM-Chat-2k-CN", "nano").replace("invoice.jpg", str(ROOT / "docs/images/demo.png"))
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()

@@ -21,12 +21,17 @@ from wemm.cli import main
 ROOT = Path(__file__).parents[1]
 NANO = BUNDLED_DIRECTORY / "nano"
 DEMO_ANSWERS = {"word.png": "WEMM", "number.png": "2048", "shapes.png": "3"}
-ITEMS = {name: list(held_out_items(name, 24)) for name in SETS}
-EVERY_ITEM = [item for items in ITEMS.values() for item in items]
+PER_SET = 24
 
 
-def _answers(llm, items=EVERY_ITEM):
+def _answers(llm, items):
     return answers(llm, items, [item.picture.image for item in items])
+
+
+@pytest.fixture(scope="module")
+def items():
+    """24 of every set, one set after the other."""
+    return [item for name in SETS for item in held_out_items(name, PER_SET)]
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +41,8 @@ def nano():
 
 
 @pytest.fixture(scope="module")
-def float32_answers(nano):
-    return _answers(nano)
+def float32_answers(nano, items):
+    return _answers(nano, items)
 
 
 def _demo_questions():
@@ -54,47 +59,50 @@ def test_make_demo_asks_three_questions_and_gets_the_right_answers(capsys):
         assert capsys.readouterr().out == DEMO_ANSWERS[image] + "\n"
 
 
-def test_held_out_items_are_answered(float32_answers):
+def test_held_out_items_are_answered(items, float32_answers):
     """Of 24 per set: at most three wrong, and one in twenty of all."""
-    flags = dict(zip(map(id, EVERY_ITEM), right(EVERY_ITEM, float32_answers), strict=True))
-    wrong = {name: sum(not flags[id(item)] for item in items) for name, items in ITEMS.items()}
+    flags = right(items, float32_answers)
+    wrong = {
+        name: sum(not flag for item, flag in zip(items, flags, strict=True) if item.set_name == name)
+        for name in SETS
+    }  # fmt: skip
     assert max(wrong.values()) <= 3, wrong
-    assert sum(wrong.values()) <= len(EVERY_ITEM) // 20, wrong
+    assert sum(wrong.values()) <= len(items) // 20, wrong
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_16_bit_gives_the_same_answers(dtype, float32_answers):
+def test_16_bit_gives_the_same_answers(dtype, items, float32_answers):
     """But for one in fifty: near ties fall either way."""
     with LLM("nano", dtype=dtype, device="cpu") as llm:
-        differing = sum(a != b for a, b in zip(_answers(llm), float32_answers, strict=True))
-    assert differing <= len(EVERY_ITEM) // 50
+        differing = sum(a != b for a, b in zip(_answers(llm, items), float32_answers, strict=True))
+    assert differing <= len(items) // 50
 
 
-def test_batched_equals_alone(nano, float32_answers):
+def test_batched_equals_alone(nano, items, float32_answers):
     """The answers of a full batch are those of requests that come one by one."""
-    chosen = range(0, len(EVERY_ITEM), 9)
-    alone = [_answers(nano, [EVERY_ITEM[i]])[0] for i in chosen]
+    chosen = range(0, len(items), 9)
+    alone = [_answers(nano, [items[i]])[0] for i in chosen]
     assert alone == [float32_answers[i] for i in chosen]
 
 
-def test_without_plora_it_cannot_answer(float32_answers):
+def test_without_plora_it_cannot_answer(items):
     with LLM("nano", dtype="float32", device="cpu", plora=False) as llm:
-        assert sum(right(EVERY_ITEM, _answers(llm))) < len(EVERY_ITEM) // 4
+        assert sum(right(items, _answers(llm, items))) < len(items) // 4
 
 
-def test_another_image_gives_another_answer(nano):
+def test_another_image_gives_another_answer(nano, items):
     """Asked about the image of its neighbour, the model answers for that one."""
-    images = [item.picture.image for item in EVERY_ITEM]
-    given = answers(nano, EVERY_ITEM, [*images[1:], images[0]])
-    assert sum(right(EVERY_ITEM, given)) < len(EVERY_ITEM) // 3
+    images = [item.picture.image for item in items]
+    given = answers(nano, items, [*images[1:], images[0]])
+    assert sum(right(items, given)) < len(items) // 3
 
 
-def test_shuffled_visual_tokens_cannot_be_read():
-    """Text and places are lost with the order of the tokens; colours and counts may survive."""
-    items = [item for name in SETS if name.startswith(("number", "word")) for item in ITEMS[name]]
+def test_shuffled_visual_tokens_cannot_be_read(items):
+    """Text is lost with the order of the tokens; colours and counts may survive."""
+    texts = [item for item in items if item.set_name.startswith(("number", "word"))]
     with LLM("nano", dtype="float32", device="cpu", max_num_seqs=1) as llm:
         shuffle_visual_tokens(llm)
-        assert sum(right(items, _answers(llm, items))) < len(items) // 3
+        assert sum(right(texts, _answers(llm, texts))) < len(texts) // 3
 
 
 def test_a_conversation_goes_on_about_the_same_image(nano):

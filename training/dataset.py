@@ -53,7 +53,7 @@ _TEXT_ROWS = {4: 0.26, 5: 0.2, 6: 0.16, 7: 0.14, 8: 0.08, 9: 0.05, 10: 0.05, 12:
 _GLYPH_ROWS = {4: 0.3, 5: 0.3, 6: 0.2, 7: 0.2}
 _SCENE_ROWS = {4: 0.03, 5: 0.07, 6: 0.1, 7: 0.14, 8: 0.12, 9: 0.1, 10: 0.12, 11: 0.16, 12: 0.08, 14: 0.08}
 _PORTRAIT_SHARE = 0.15
-_SCENE_TASK_SHARES = {"colour": 0.1, "count": 0.21, "exists": 0.24, "relation": 0.34, "describe": 0.11}
+_SCENE_TASK_SHARES = {"colour": 0.12, "count": 0.21, "exists": 0.3, "relation": 0.28, "describe": 0.09}
 
 
 @dataclass(frozen=True)

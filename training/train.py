@@ -73,10 +73,16 @@ class Trainee(nn.Module):
         return self.model.compute_logits(self.model(batch, cache)), self.patch_head(features)
 
     def losses(self, step: TrainingStep) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean cross entropy of answer tokens, and of patches."""
+        """Mean cross entropy of answer tokens, and of patches.
+
+        A token weighs 1/sqrt(length of its answer): "yes" must not drown among descriptions.
+        """
         answers, patches = self(step)
+        weights = step.target_answers.bincount()[step.target_answers].rsqrt()
+        per_token = F.cross_entropy(answers, step.targets, reduction="none")
+        answer_loss = (per_token * weights).sum() / weights.sum()
         labels: Any = self._label_weights
-        return F.cross_entropy(answers, step.targets), F.cross_entropy(patches.float(), step.patch_labels, labels)
+        return answer_loss, F.cross_entropy(patches.float(), step.patch_labels, labels)
 
 
 def initialise(model: WemmModel, config: ModelConfig, seed: int) -> None:

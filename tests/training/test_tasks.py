@@ -177,7 +177,7 @@ def test_many_absent_things_are_made_of_words_that_are_there():
 
 
 def test_relation_answers_with_the_only_shape_on_that_side():
-    """Within 45 degrees of the direction, in pixels, from centre to centre; both shapes are there once."""
+    """Within 35 degrees of the direction, centre to centre in pixels, and nothing else within 55."""
     directions = set()
     for picture, question in answered("relation"):
         kind = only(named(question.text, SHAPES, question.language))
@@ -187,23 +187,25 @@ def test_relation_answers_with_the_only_shape_on_that_side():
         kinds = kinds_in(picture)
         assert kinds.count(kind) == kinds.count(answer) == 1
         x, y = centres[kinds.index(kind)]
-        there = []
+        there, perhaps = [], []
         for other, (other_x, other_y) in zip(kinds, centres, strict=True):
             angle = math.degrees(math.atan2(y - other_y, other_x - x))
             off = abs((angle - DIRECTIONS[direction] + 180) % 360 - 180)
-            if other != kind and off < 45:
+            if other != kind and off < 35:
                 there.append(other)
-        assert there == [answer]
+            if other != kind and off < 55:
+                perhaps.append(other)
+        assert there == perhaps == [answer]
         directions.add((question.language, direction))
     assert len(directions) == 8
 
 
-def test_relation_can_be_asked_of_nearly_every_scene_made_for_it_and_not_of_a_single_shape():
+def test_relation_can_be_asked_of_most_scenes_made_for_it_and_not_of_a_single_shape():
     asked_of = [
         ask_scene(np.random.default_rng(seed), "relation", scene(seed, "relation")) is not None
         for seed in range(60)
     ]
-    assert np.mean(asked_of) > 0.95
+    assert np.mean(asked_of) > 0.8
     alone = draw_shapes(np.random.default_rng(0), [("red", "star")], (100, 100))
     assert ask_scene(np.random.default_rng(0), "relation", alone) is None
 

@@ -42,7 +42,11 @@ def _log(directory):
 
 
 def test_every_parameter_has_a_gradient():
-    """Through the definitions of all ops, the paged cache included."""
+    """Through the definitions of all ops, the paged cache included.
+
+    But for PLoRA of the last layer beyond its keys and values: no text row reads what image rows become there.
+    """
+    last = f"layers.{CONFIG.text.num_hidden_layers - 1}"
     trainee = Trainee(CONFIG, seed=0)
     step = TrainingData(CONFIG, Tokenizer(NANO), 100, patches_per_step=800)[50]
     answer_loss, patch_loss = trainee.losses(step)
@@ -50,7 +54,8 @@ def test_every_parameter_has_a_gradient():
     for name, parameter in trainee.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
-        assert parameter.grad.abs().sum() > 0, name
+        unread = "plora" in name and last in name and "language_model" in name and "wqkv" not in name
+        assert (parameter.grad.abs().sum() > 0) != unread, name
 
 
 def test_a_few_hundred_steps_lower_both_losses(run):

@@ -64,21 +64,27 @@ def prefill_attention(
     group = query.shape[1] // num_kv_heads
     outputs = []
     start, first = 0, 0
-    # Neighbours of one shape are one call.
-    for (num_new, seq_len), run in groupby(zip(cu_seqlens_q.diff().tolist(), seq_lens.tolist(), strict=True)):
+    # Neighbouring whole prompts of one length are one call; a chunk, whose copy of earlier keys may be
+    # long, is a call of its own.
+    spans = enumerate(zip(cu_seqlens_q.diff().tolist(), seq_lens.tolist(), strict=True))
+    calls = [(num_new, seq_len, i if num_new < seq_len else None) for i, (num_new, seq_len) in spans]
+    for (num_new, seq_len, _), run in groupby(calls):
         num_seqs = len(list(run))
         stop, last = start + num_seqs * num_new, first + num_seqs
         blocks = block_tables[first:last, : -(-seq_len // block_size)].long()
         k, v = (
-            cache[blocks].flatten(1, 2)[:, :seq_len].transpose(1, 2).unsqueeze(2).expand(-1, -1, group, -1, -1)
+            cache[blocks].flatten(1, 2)[:, :seq_len].transpose(1, 2).flatten(0, 1)
             for cache in (key_cache, value_cache)
-        )  # [num_seqs, num_kv_heads, group, seq_len, head_dim]
+        )  # [num_seqs * num_kv_heads, seq_len, head_dim]
+        k, v = (x.unsqueeze(1).expand(-1, group, -1, -1) for x in (k, v))
         q = query[start:stop].view(num_seqs, num_new, num_kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
+        q = q.flatten(0, 1)
         if num_new == seq_len:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         else:
             visible = torch.ones(num_new, seq_len, dtype=torch.bool, device=q.device).tril(seq_len - num_new)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
-        outputs.append(y.permute(0, 3, 1, 2, 4).reshape(num_seqs * num_new, -1, head_dim))
+        y = y.unflatten(0, (num_seqs, num_kv_heads)).permute(0, 3, 1, 2, 4)
+        outputs.append(y.reshape(num_seqs * num_new, -1, head_dim))
         start, first = stop, last
     return torch.cat(outputs)
