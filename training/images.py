@@ -310,7 +310,7 @@ def _turn(outline: np.ndarray, degrees: float) -> np.ndarray:
 
 
 def _outlines() -> dict[str, np.ndarray]:
-    """Polygons within the unit circle, y downwards."""
+    """Polygons of about one unit around the centre, y downwards."""
     round_ = np.linspace(0, 2 * np.pi, 48, endpoint=False)
     tips = np.arange(10) * np.pi / 5
     radii = np.where(np.arange(10) % 2 == 0, 1.0, 0.42)

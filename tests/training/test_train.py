@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 
 from training.dataset import TrainingData
 from training.export import SHARD_NAME, export
@@ -31,9 +32,9 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """300 small steps: its directory."""
+    """200 small steps: its directory."""
     directory = tmp_path_factory.mktemp("run")
-    train(directory, num_steps=3000, threads=1, until=300, patches_per_step=SMALL)
+    train(directory, num_steps=3000, threads=1, until=200, patches_per_step=SMALL)
     return directory
 
 
@@ -61,7 +62,7 @@ def test_every_parameter_has_a_gradient():
 def test_a_few_hundred_steps_lower_both_losses(run):
     lines = _log(run)
     first, last = lines[0], lines[-1]
-    assert last["step"] == 300
+    assert last["step"] == 200
     assert last["answer_loss"] < 0.6 * first["answer_loss"]
     assert last["patch_loss"] < 0.9 * first["patch_loss"]
 
@@ -114,15 +115,18 @@ def test_an_exported_run_is_a_complete_checkpoint(run, tmp_path, ask):
 
 
 def test_weights_that_do_not_fit_float16_are_refused(run, tmp_path):
+    """And the checkpoint that is there stays as it is."""
+    directory = shutil.copytree(NANO, tmp_path / "nano")
+    before = (directory / SHARD_NAME).read_bytes()
     state = torch.load(run / "state.pt", weights_only=True)
     state["trainee"]["model.language_model.norm.weight"][0] = 1e6
     torch.save(state, tmp_path / "state.pt")
     with pytest.raises(ValueError, match=r"language_model\.model\.norm\.weight does not fit into float16"):
-        export(tmp_path / "state.pt", tmp_path)
+        export(tmp_path / "state.pt", directory)
+    assert (directory / SHARD_NAME).read_bytes() == before
 
 
 def test_the_curves_are_drawn(run, tmp_path):
-    from PIL import Image
-
     plot(run / "log.jsonl", tmp_path / "curve.png")
-    assert Image.open(tmp_path / "curve.png").size == (880, 770)
+    with Image.open(tmp_path / "curve.png") as picture:
+        assert picture.size == (880, 770)
