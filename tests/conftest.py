@@ -39,13 +39,14 @@ def golden_images() -> Path:
 
 @pytest.fixture(scope="session")
 def _session_llm() -> Iterator[LLM]:
-    with LLM("tiny", dtype="float32", device="cpu") as llm:
+    plain = dict(enable_prefix_caching=False, image_cache_memory=0, num_speculative_tokens=0)
+    with LLM("tiny", dtype="float32", device="cpu", **plain) as llm:
         yield llm
 
 
 @pytest.fixture
 def llm(_session_llm: LLM) -> Iterator[LLM]:
-    """A float32 engine; after the test nothing may be left in it."""
+    """A float32 engine without caches and guesses, the oracle of those with; nothing may be left in it."""
     yield _session_llm
     assert _session_llm._open.engine.num_unfinished == 0
     _session_llm._open.engine.check_integrity()

@@ -17,6 +17,7 @@ from wemm.cost import (
     plan_memory,
     prefill_flops,
 )
+from wemm.engine.scheduler import VisionSlice
 from wemm.errors import ParameterError
 
 CONFIG, PLORA = PRESETS["wemm-chat-2k-cn"]
@@ -83,10 +84,11 @@ def test_tower_flops_are_what_torch_counts(llm, ask):
     from PIL import Image
 
     source = llm._open.source
-    runner = llm._open.engine._model_runner
+    runner = llm._open.engine._runner
     [span] = llm._open.processor.chat(ask("?", Image.new("RGB", (640, 480)))).image_spans
     with FlopCounterMode(display=False) as counter:
-        runner.encode_images([span.image])
+        num_layers = source.config.vision.num_hidden_layers
+        runner.encode(VisionSlice((span.image,), 0, num_layers, is_complete=True))
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
     cost = image_cost(source.config, source.plora, 640, 480, "float32")
     assert counted == cost.tower_flops - cost.tower_attention_flops + cost.downsampler_flops

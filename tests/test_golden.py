@@ -6,10 +6,13 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from wemm import LLM, SamplingParams
+from wemm.engine.model_input import ModelInput, VisualSlice
+from wemm.engine.scheduler import VisionSlice
 from wemm.processing.processor import ProcessedPrompt
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "golden.json").read_text())
@@ -72,25 +75,28 @@ def test_logits_and_image_embeddings(llm, case, golden_images, ask):
 
 def _prefill(llm: LLM, prompt: ProcessedPrompt) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Logits [vocab_size] of the last prompt token and visual embeddings of the only image, by the runner."""
-    from wemm.model.batch import Batch
-
-    runner = llm._open.engine._model_runner
+    runner = llm._open.engine._runner
     length = len(prompt.token_ids)
-    embeds = runner.encode_images([span.image for span in prompt.image_spans])[0] if prompt.image_spans else None
+    images = tuple(span.image for span in prompt.image_spans)
+    embeds = None
+    if images:
+        num_layers = llm._open.source.config.vision.num_hidden_layers
+        assert runner.encode(VisionSlice(images, 0, num_layers, is_complete=True)) == [None]
+        embeds = runner._visual_embeds[images[0].sha256]
     rows = [i for span in prompt.image_spans for i in range(span.start, span.stop)]
-    num_blocks = -(-length // 16)
-    batch = Batch(
-        input_ids=torch.tensor(prompt.token_ids),
-        positions=torch.arange(length),
-        slot_mapping=torch.arange(length),
-        block_tables=torch.arange(num_blocks, dtype=torch.int32)[None],
-        seq_lens=torch.tensor([length], dtype=torch.int32),
-        logits_rows=torch.tensor([length - 1]),
-        cu_seqlens_q=torch.tensor([0, length], dtype=torch.int32),
-        image_rows=torch.tensor(rows) if rows else None,
-        visual_embeds=embeds,
+    logits, errors = runner.forward(
+        ModelInput(
+            input_ids=np.array(prompt.token_ids),
+            positions=np.arange(length),
+            slot_mapping=np.arange(length),
+            block_tables=np.arange(-(-length // 16), dtype=np.int32)[None],
+            seq_lens=np.array([length], dtype=np.int32),
+            logits_rows=np.array([length - 1]),
+            cu_seqlens_q=np.array([0, length], dtype=np.int32),
+            image_rows=np.array(rows, dtype=np.int64),
+            visual_slices=tuple(VisualSlice(image.sha256, 0, image.plan.num_tokens) for image in images),
+        )
     )
-    logits, errors = runner.forward(batch)
     assert errors == [None]
     return logits[0], embeds
 

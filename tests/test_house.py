@@ -81,10 +81,28 @@ def test_the_python_example_of_the_readme_runs(tmp_path):
     assert result.stdout.strip()
 
 
+@pytest.mark.parametrize(
+    ("page", "expected"),
+    [
+        (
+            "docs/python.md",
+            ["How many circles are there? 3", "What colour is the star? blue", "1 of 3 images encoded"],
+        ),
+        ("docs/python.zh.md", ["图中有几个圆形？ 3", "星形是什么颜色的？ 蓝色"]),
+    ],
+)
+def test_the_python_pages_run_from_top_to_bottom(page, expected):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    result = subprocess.run([sys.executable, "-c", "".join(blocks)], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for line in expected:
+        assert line in result.stdout
+
+
 def test_public_names_are_pinned():
     assert wemm.__all__ == [
-        "LLM", "CompletionOutput", "Logprob", "RequestMetrics", "RequestOutput", "SamplingParams", "WemmError",
-        "__version__",
+        "LLM", "AsyncLLM", "BeamSearchParams", "CompletionOutput", "Logprob", "RequestMetrics", "RequestOutput",
+        "SamplingParams", "StructuredOutputsParams", "WemmError", "__version__",
     ]  # fmt: skip
     assert all(getattr(wemm, name) is not None for name in wemm.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):

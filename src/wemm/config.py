@@ -6,10 +6,12 @@ in engine/build.py.
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from wemm.errors import ParameterError
@@ -166,6 +168,9 @@ PRESETS: Mapping[str, tuple[ModelConfig, PloraConfig]] = {
 """Architectures that can be built without files (`--load-format dummy`, `wemm info`)."""
 
 
+TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
+
+
 def option(default: Any, text: str) -> Any:
     """A dataclass field whose text is also the `--help` of the command-line option."""
     return field(default=default, metadata={"help": text})
@@ -183,18 +188,36 @@ class EngineConfig:
         "auto, float32, bfloat16 or float16. auto: the checkpoint's own; on a CPU bfloat16 for float16.",
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:1 or any other torch device. auto: cuda if present.")
-    tensor_parallel_size: int = option(1, "Ranks that share the weights. Only 1 in this version.")
+    tensor_parallel_size: int = option(1, "Ranks that share the weights: 1, 2, 4 or 8.")
     max_model_len: int | None = option(
         None, "Tokens of prompt and answer together at most. Default: what the model and the memory allow."
     )
     max_num_seqs: int = option(64, "Sequences computed together at most.")
     max_num_batched_tokens: int = option(
-        4096, "Prompt tokens computed in one step at most; a longer prompt takes several steps."
+        4096, "Tokens computed in one step at most; a longer prompt takes several steps, decodes go beside it."
+    )
+    max_num_batched_patches: int | None = option(
+        None,
+        "Image patches through the vision tower in one step at most; a larger image takes several steps, some "
+        "layers in each. Default: 512 on a CPU, else 4096.",
     )
     block_size: int = option(16, "Tokens per KV cache block.")
     kv_cache_memory: int | None = option(
         None,
         "Bytes for the KV cache (4GiB, 512MiB, …). Default: what the sequences need, up to half of what is free.",
+    )
+    enable_prefix_caching: bool = option(
+        True, "Requests that begin with the same tokens and images share what was computed for them."
+    )
+    image_cache_memory: int | None = option(
+        None,
+        "Bytes of visual embeddings kept for images that are asked about again; 0 keeps none. "
+        "Default: 256 MiB, at most a sixteenth of what is free.",
+    )
+    num_speculative_tokens: int = option(
+        8,
+        "Tokens guessed at most per step from what the prompt and the answer repeat; answers stay the same. "
+        "0: none.",
     )
     load_format: str = option("auto", "auto: read the weights; dummy: build the architecture with random weights.")
     seed: int = option(0, "Seed of requests that bring none of their own.")
@@ -208,22 +231,25 @@ class EngineConfig:
             raise ParameterError(f"dtype must be auto, {', '.join(DTYPES)}. Given: {self.dtype!r}")
         if self.load_format not in ("auto", "dummy"):
             raise ParameterError(f"load_format must be auto or dummy. Given: {self.load_format!r}")
-        if self.tensor_parallel_size != 1:
+        if self.tensor_parallel_size not in TENSOR_PARALLEL_SIZES or self.tensor_parallel_size is True:
             raise ParameterError(
-                f"tensor_parallel_size must be 1 in this version. Given: {self.tensor_parallel_size!r}"
+                f"tensor_parallel_size must be 1, 2, 4 or 8. Given: {self.tensor_parallel_size!r}"
             )
-        for name in (
-            "max_model_len",
-            "max_num_seqs",
-            "max_num_batched_tokens",
-            "block_size",
-            "kv_cache_memory",
+        for name, least, optional in (
+            ("max_model_len", 1, True),
+            ("max_num_seqs", 1, False),
+            ("max_num_batched_tokens", 1, False),
+            ("max_num_batched_patches", 1, True),
+            ("block_size", 1, False),
+            ("kv_cache_memory", 1, True),
+            ("image_cache_memory", 0, True),
+            ("num_speculative_tokens", 0, False),
         ):
             value = getattr(self, name)
-            if value is None and name in ("max_model_len", "kv_cache_memory"):
+            if value is None and optional:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ParameterError(f"{name} must be an integer >= 1. Given: {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ParameterError(f"{name} must be an integer >= {least}. Given: {value!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
             raise ParameterError(f"seed must be an integer in [0, 2^32). Given: {self.seed!r}")
 
@@ -231,6 +257,17 @@ class EngineConfig:
     def help(cls) -> dict[str, str]:
         """Field name → text."""
         return {f.name: f.metadata["help"] for f in fields(cls)}
+
+
+def engine_config(model: str | Path, options: Mapping[str, Any]) -> EngineConfig:
+    """The config of a call like LLM(model, **options). Raises ParameterError for an unknown option."""
+    known = EngineConfig.help()
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
+            raise ParameterError(f"unknown option {name!r}{hint}")
+    return EngineConfig(model=str(model), **options)
 
 
 _BYTE_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

@@ -112,10 +112,12 @@ class MemoryPlan:
     kv_tokens: int
     """Tokens the KV cache holds."""
     max_model_len: int
+    image_cache: int
     available: int | None
 
 
 _MIN_MODEL_LEN = 2048
+_IMAGE_CACHE = 2**28
 
 
 def plan_memory(
@@ -128,11 +130,19 @@ def plan_memory(
     max_num_batched_tokens: int,
     block_size: int,
     kv_cache_memory: int | None,
+    image_cache_memory: int | None = 0,
+    num_ranks: int = 1,
 ) -> MemoryPlan:
-    """Size the KV cache, and max_model_len if it is open. Raises InsufficientMemoryError with the plan."""
+    """Size the caches of one rank, and max_model_len if it is open. Raises InsufficientMemoryError with the plan.
+
+    `num_parameters`, `available` and the memory options are those of one of `num_ranks` ranks.
+    """
     weights = num_parameters * DTYPE_BYTES[dtype]
+    image_cache = image_cache_memory
+    if image_cache is None:
+        image_cache = _IMAGE_CACHE if available is None else min(_IMAGE_CACHE, available // 16)
     activations = activation_bytes(config, max_num_batched_tokens, dtype)
-    per_block = kv_bytes_per_token(config, dtype) * block_size
+    per_block = kv_bytes_per_token(config, dtype) * block_size // num_ranks
     longest = max_model_len or config.text.max_position_embeddings
     least = max_model_len or min(_MIN_MODEL_LEN, config.text.max_position_embeddings)
     wanted_blocks = -(-longest // block_size) * max_num_seqs
@@ -148,14 +158,15 @@ def plan_memory(
     elif available is None:
         num_blocks = wanted_blocks
     else:
-        free = available - weights - activations
+        free = available - weights - activations - image_cache
         num_blocks = min(wanted_blocks, max(free // 2 // per_block, least_blocks))
-    needed = weights + activations + num_blocks * per_block
+    needed = weights + activations + image_cache + num_blocks * per_block
     if available is not None and needed > available:
         smaller = " use --dtype bfloat16," if dtype == "float32" else ""
         raise InsufficientMemoryError(
             f"not enough memory: weights {_size(weights)} ({dtype}) + activations {_size(activations)} + KV "
-            f"cache {_size(num_blocks * per_block)} ({num_blocks * block_size} tokens) = {_size(needed)}, but "
+            f"cache {_size(num_blocks * per_block)} ({num_blocks * block_size} tokens) + image cache "
+            f"{_size(image_cache)} = {_size(needed)}, but "
             f"{_size(available)} are available;{smaller} lower --max-model-len or --kv-cache-memory, "
             "or use a larger machine"
         )
@@ -166,6 +177,7 @@ def plan_memory(
         kv_cache=num_blocks * per_block,
         kv_tokens=num_blocks * block_size,
         max_model_len=min(longest, num_blocks * block_size),
+        image_cache=image_cache,
         available=available,
     )
 

@@ -26,6 +26,10 @@ class TensorParallel:
             raise IntegrityError(f"{full} entries must be divisible by {self.size} ranks")
         return full // self.size
 
+    def if_divides(self, full: int) -> TensorParallel:
+        """This group, or one rank that holds everything if `full` entries cannot be shared evenly."""
+        return self if full % self.size == 0 else SINGLE
+
     def slice(self, full: int) -> slice:
         """The entries of this rank in a dimension of `full` entries."""
         length = self.length(full)

@@ -8,11 +8,15 @@ WemmError
 │   ├── MediaError                  bytes that are not an acceptable image
 │   ├── PromptError                 messages that do not make a prompt
 │   │   └── PromptTooLongError      more tokens than max_model_len
+│   ├── RequestTimeoutError         the request's own time limit passed
 │   ├── ParameterError              an option or sampling parameter out of range
 │   ├── DeviceError                 unknown or absent device
 │   ├── InsufficientMemoryError     the plan does not fit; the message is the plan
 │   └── StorageError                the disk refused: full, not writable, already there
 └── EngineError                     ours, or the weights'
+    ├── StepError                   a step raised; its requests failed, the engine goes on
+    ├── StructuredOutputError       a grammar failed in the middle of an answer
+    ├── RankError                   a tensor-parallel rank is gone; the engine is at its end
     ├── NumericalError              NaN or Inf left a stage; the message names the stage
     └── IntegrityError              an invariant of the engine is broken
 """
@@ -52,6 +56,10 @@ class PromptTooLongError(PromptError):
     """The prompt has more tokens than `max_model_len` leaves room for."""
 
 
+class RequestTimeoutError(ClientError):
+    """The time limit that came with the request passed before it was answered."""
+
+
 class ParameterError(ClientError):
     """An option or sampling parameter is out of range."""
 
@@ -70,6 +78,18 @@ class StorageError(ClientError):
 
 class EngineError(WemmError):
     """Not the caller's fault."""
+
+
+class StepError(EngineError):
+    """A step of the engine raised: the requests in it failed, the engine goes on."""
+
+
+class StructuredOutputError(EngineError):
+    """The grammar of a structured answer failed, by its own limits or ours."""
+
+
+class RankError(EngineError):
+    """A tensor-parallel rank failed or died: the engine is at its end, load the model again."""
 
 
 class NumericalError(EngineError):

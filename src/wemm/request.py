@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ MAX_LOGPROBS = 20
 MAX_N = 128
 MAX_STOP_STRINGS = 64
 MAX_STOP_LEN = 1024
+MAX_LOGIT_BIAS = 1024
 _INT32_MAX = 2**31 - 1
 _UINT64_MAX = 2**64 - 1
 
@@ -38,6 +39,39 @@ def _as_tuple(name: str, value: Any, kind: type) -> tuple[Any, ...]:
     if wrong or any(not isinstance(item, kind) or isinstance(item, bool) for item in items):
         raise ParameterError(f"{name} must be a list of {kind.__name__}. Given: {value!r}")
     return tuple(items)
+
+
+@dataclass(frozen=True)
+class StructuredOutputsParams:
+    """What the answer must be; exactly one is given. Names follow vLLM."""
+
+    json: Mapping[str, Any] | str | None = None
+    """A JSON schema."""
+    regex: str | None = None
+    """A regular expression that the whole answer matches."""
+    choice: Sequence[str] | None = None
+    """The answer is one of these."""
+    json_object: bool = False
+    """Any JSON object."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("json", "regex", "choice", "json_object") if getattr(self, name)]
+        if len(given) != 1:
+            raise ParameterError(
+                "structured_outputs takes exactly one of json, regex, choice, json_object. "
+                f"Given: {given or 'none'}"
+            )
+        if self.json is not None and not isinstance(self.json, (Mapping, str)):
+            raise ParameterError(f"structured_outputs.json must be a JSON schema. Given: {self.json!r}")
+        if self.regex is not None and not isinstance(self.regex, str):
+            raise ParameterError(f"structured_outputs.regex must be text. Given: {self.regex!r}")
+        if self.choice is not None and "" in _as_tuple("structured_outputs.choice", self.choice, str):
+            raise ParameterError("structured_outputs.choice must not be empty text")
+
+    @property
+    def kind(self) -> str:
+        """The field that is given."""
+        return next(name for name in ("json", "regex", "choice", "json_object") if getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -65,11 +99,26 @@ class SamplingParams:
         None, "The answer ends at one of these tokens, besides the model's own end token."
     )
     max_tokens: int = option(256, "Tokens of the answer at most; also bounded by what max_model_len leaves.")
+    min_tokens: int = option(
+        0, "The answer does not end by a token or stop string before it has this many tokens."
+    )
+    logit_bias: Mapping[int, float] | None = option(
+        None, "Added to the logits of these token ids; -100 as good as forbids one, 100 forces it."
+    )
+    repetition_guard: bool = option(
+        True,
+        "End an answer that goes round in circles (a cycle of up to 128 tokens, 8 times and 256 tokens over) "
+        'with finish_reason "repetition".',
+    )
     ignore_eos: bool = option(False, "Go on after the model's own end token.")
     logprobs: int | None = option(
         None, "Return the log probabilities of this many most probable tokens, and of the chosen one."
     )
     skip_special_tokens: bool = option(True, "Leave control tokens out of the text.")
+    structured_outputs: StructuredOutputsParams | None = field(
+        default=None,
+        metadata={"help": "Hold the answer to a JSON schema, a regular expression or a list of choices."},
+    )
 
     def __post_init__(self) -> None:
         _check_integer("n", self.n, 1, MAX_N)
@@ -87,9 +136,13 @@ class SamplingParams:
             _check_integer("seed", self.seed, 0, _UINT64_MAX)
         if self.logprobs is not None:
             _check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        for name in ("ignore_eos", "skip_special_tokens"):
+        _check_integer("min_tokens", self.min_tokens, 0, self.max_tokens)
+        self._check_logit_bias()
+        for name in ("ignore_eos", "skip_special_tokens", "repetition_guard"):
             if not isinstance(getattr(self, name), bool):
                 raise ParameterError(f"{name} must be true or false. Given: {getattr(self, name)!r}")
+        if self.structured_outputs is not None:
+            self._check_structured_outputs()
         object.__setattr__(self, "stop", _as_tuple("stop", self.stop, str))
         object.__setattr__(self, "stop_token_ids", _as_tuple("stop_token_ids", self.stop_token_ids, int))
         if len(self.stop_strings) > MAX_STOP_STRINGS:
@@ -97,6 +150,30 @@ class SamplingParams:
         for text in self.stop_strings:
             if not 1 <= len(text) <= MAX_STOP_LEN:
                 raise ParameterError(f"a stop string has 1 to {MAX_STOP_LEN} characters. Given: {len(text)}")
+
+    def _check_structured_outputs(self) -> None:
+        if not isinstance(self.structured_outputs, StructuredOutputsParams):
+            raise ParameterError(
+                f"structured_outputs must be StructuredOutputsParams. Given: {self.structured_outputs!r}"
+            )
+        for name in ("ignore_eos", "min_tokens"):
+            if getattr(self, name):
+                raise ParameterError(f"{name} cannot be kept where structured_outputs says when an answer ends")
+
+    def _check_logit_bias(self) -> None:
+        bias = self.logit_bias
+        if bias is not None and not isinstance(bias, Mapping):
+            raise ParameterError(f"logit_bias must map token ids to numbers. Given: {bias!r}")
+        if len(self.biases) > MAX_LOGIT_BIAS:
+            raise ParameterError(f"logit_bias takes at most {MAX_LOGIT_BIAS} tokens. Given: {len(self.biases)}")
+        for token_id, value in self.biases.items():
+            _check_integer("a token id of logit_bias", token_id, 0, _INT32_MAX)
+            _check_number(f"logit_bias of token {token_id}", value, -100, 100)
+
+    @property
+    def biases(self) -> Mapping[int, float]:
+        """`logit_bias`, empty if there is none."""
+        return self.logit_bias or {}
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -107,6 +184,22 @@ class SamplingParams:
     def greedy(self) -> bool:
         """True if no random draw is needed."""
         return self.temperature == 0
+
+
+@dataclass(frozen=True)
+class BeamSearchParams:
+    """How beam search looks for the most probable answers. Names follow vLLM."""
+
+    beam_width: int
+    max_tokens: int = 256
+    ignore_eos: bool = False
+    length_penalty: float = 1.0
+    """Answers are ranked by log probability / length ** length_penalty."""
+
+    def __post_init__(self) -> None:
+        _check_integer("beam_width", self.beam_width, 1, MAX_LOGPROBS // 2)
+        _check_integer("max_tokens", self.max_tokens, 1, _INT32_MAX)
+        _check_number("length_penalty", self.length_penalty, -10, 10)
 
 
 @dataclass(frozen=True)
@@ -128,7 +221,7 @@ class CompletionOutput:
     cumulative_logprob: float | None
     logprobs: tuple[dict[int, Logprob], ...] | None
     finish_reason: str | None
-    """"stop" or "length"; None while the answer grows."""
+    """"stop", "length" or "repetition"; None while the answer grows."""
     stop_reason: int | str | None = None
     """The stop token id or stop string that ended it, if it was not the model's own end token."""
 

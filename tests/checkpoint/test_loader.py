@@ -77,8 +77,11 @@ def test_slices_of_all_ranks_make_the_whole(tiny, size):
             assert torch.equal(torch.cat(parts, dim=dims[0]), full), name
         else:
             assert all(torch.equal(part, full) for part in parts), name
-    # wqkv, wo, w1, w2, w3 and one low-rank factor of each, per layer; and the output head.
-    assert num_sharded == 3 * 10 + 1
+    # wqkv, wo, w1, w2, w3 and one low-rank factor of each, per layer; and the output head. Of the tower, whose
+    # 3 heads cannot be shared, weight and bias of fc1 and weight of fc2 where its width can.
+    vision = checkpoint.config.vision
+    num_tower = 3 * vision.num_hidden_layers if vision.intermediate_size % size == 0 else 0
+    assert num_sharded == 3 * 10 + 1 + num_tower
 
 
 def test_a_size_that_ranks_cannot_share(tiny):
@@ -132,5 +135,7 @@ def test_a_model_the_checkpoint_does_not_fill(tiny):
         model = WemmModel(checkpoint.config, checkpoint.plora)
     with pytest.raises(IntegrityError, match="parameters without a tensor: .*plora_a"):
         load_weights(model, open_checkpoint(tiny, use_plora=False), torch.float32, CPU)
+    with torch.device("meta"):
+        half = WemmModel(checkpoint.config, checkpoint.plora, TensorParallel(0, 2))
     with pytest.raises(IntegrityError, match="its slice is"):
-        load_weights(model, checkpoint, torch.float32, CPU, TensorParallel(0, 2))
+        load_weights(half, checkpoint, torch.float32, CPU)

@@ -141,7 +141,7 @@ def test_wrong_images(run, tmp_path):
             ["--max-model-len", "12", "--prompt", "Why is the ocean blue?"],
             "has 18 tokens, but max_model_len 12 leaves",
         ),
-        (["--tensor-parallel-size", "2"], "tensor_parallel_size must be 1"),
+        (["--tensor-parallel-size", "3"], "tensor_parallel_size must be 1, 2, 4 or 8. Given: 3"),
         (["--model", "/nonexistent"], "no model '/nonexistent'"),
         (["--model", "wemm-chat-2k-cn"], "add --load-format dummy"),
         (["--frobnicate"], "--frobnicate"),
@@ -273,7 +273,10 @@ def test_interrupted(run, monkeypatch):
     assert (status, err) == (130, "")
 
 
-COMMANDS = [[], ["generate"], ["chat"], ["info"], ["convert"], ["bench"], ["bench", "ops"]]
+COMMANDS = [
+    [], ["generate"], ["chat"], ["info"], ["convert"],
+    ["bench"], ["bench", "ops"], ["bench", "throughput"], ["bench", "latency"],
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", [[], *([*command, "--help"] for command in COMMANDS)], ids=" ".join)
@@ -348,6 +351,51 @@ def test_a_reader_that_leaves_early():
     result = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert result.stderr == ""
     assert result.stdout.startswith("tiny")
+
+
+SMALL_WORK = ["-m", "tiny", "--device", "cpu", "--requests", "3", "--image-size", "20x30", "--output-len", "3"]
+
+
+def test_bench_throughput(run, tmp_path):
+    """Three questions about one picture: a table, a picture, one JSON line; the picture is encoded once."""
+    arguments = [*SMALL_WORK, "--images", "1", "--plot", tmp_path / "bars.png"]
+    status, out, _ = run("bench", "throughput", *arguments)
+    assert status == 0
+    line = json.loads(out.splitlines()[-1])
+    assert set(line["results"]) == {"together", "one by one"}
+    for result in line["results"].values():
+        assert result["num_tower_calls"] == 1
+        assert result["requests_per_s"] * result["seconds"] == pytest.approx(3)
+        assert result["output_tokens_per_s"] * result["seconds"] == pytest.approx(9)
+    assert "together" in out
+    assert f"{line['speed_up']:.1f} times as fast" in out
+    with Image.open(tmp_path / "bars.png") as picture:
+        assert picture.width == 840
+
+
+def test_bench_latency(run, tmp_path):
+    """Every request pays for its own image; stages add up to the whole."""
+    status, out, _ = run("bench", "latency", *SMALL_WORK, "--plot", tmp_path / "bars.svg")
+    assert status == 0
+    seconds = json.loads(out.splitlines()[-1])["seconds"]
+    assert seconds["vision"]["median"] > 0
+    assert seconds["total"]["worst"] >= seconds["first_token"]["worst"] > 0
+    assert (tmp_path / "bars.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image-size", "640"], "an image size is written like 640x480, or none for text alone. Given: '640'"),
+        (["--image-size", "0x5"], "Given: '0x5'"),
+        (["--plot", "bars.xyz"], "--plot bars.xyz:"),
+        (["--requests", "0"], "Invalid value for '--requests'"),
+    ],
+)
+def test_bench_mistakes(run, arguments, message):
+    status, _, err = run("bench", "throughput", *SMALL_WORK, "--no-compare", *arguments)
+    assert status == 2
+    assert message in err
 
 
 def test_bench_ops(run):

@@ -39,6 +39,10 @@ def _ids(outputs):
     return [[answer.token_ids for answer in output.outputs] for output in outputs]
 
 
+def _request(llm, prompt, process, params):
+    return llm._intake.submit(prompt, process, params).result()
+
+
 def test_a_batch_answers_as_each_alone_in_order(llm, conversations):
     together = llm.chat(conversations, GREEDY)
     alone = [llm.chat(conversation, GREEDY)[0] for conversation in conversations]
@@ -65,7 +69,7 @@ def test_preemption_changes_nothing(llm, conversations):
         prompts = [conversations[1], conversations[4], conversations[1]]
         params = SamplingParams(max_tokens=50, ignore_eos=True)
         assert _ids(small.chat(prompts, params)) == _ids(llm.chat(prompts, params))
-        assert small._open.engine._scheduler.num_preemptions > 0
+        assert small._open.engine.stats.num_preemptions > 0
         small._open.engine.check_integrity()
 
 
@@ -75,7 +79,7 @@ def test_a_preempted_image_keeps_its_rows(llm, ask, golden_images):
         prompts = [ask("a", golden_images / "35x1200.png"), ask("b", golden_images / "1000x40.png")]
         params = SamplingParams(max_tokens=40, ignore_eos=True)
         assert _ids(small.chat(prompts, params)) == _ids(llm.chat(prompts, params))
-        assert small._open.engine._scheduler.num_preemptions > 0
+        assert small._open.engine.stats.num_preemptions > 0
 
 
 def test_few_sequences_at_a_time(llm, conversations):
@@ -89,10 +93,8 @@ def test_prompts_in_chunks_answer_as_whole_ones(llm, conversations, budget):
     params = [GREEDY, SamplingParams(max_tokens=6, temperature=1.0, seed=3, ignore_eos=True, n=2)] * 2 + [GREEDY]
     with LLM("tiny", dtype="float32", device="cpu", max_num_batched_tokens=budget) as chunked:
         sizes = []
-        forward = chunked._open.engine._model_runner.forward
-        chunked._open.engine._model_runner.forward = lambda batch: (
-            sizes.append(len(batch.input_ids)) or forward(batch)
-        )
+        forward = chunked._open.engine._runner.forward
+        chunked._open.engine._runner.forward = lambda batch: sizes.append(len(batch.input_ids)) or forward(batch)
         assert _ids(chunked.chat(conversations, params)) == _ids(llm.chat(conversations, params))
         assert max(sizes) <= budget
         chunked._open.engine.check_integrity()
@@ -101,36 +103,38 @@ def test_prompts_in_chunks_answer_as_whole_ones(llm, conversations, budget):
 def test_a_chunked_prompt_can_be_aborted(ask):
     with LLM("tiny", device="cpu", max_num_batched_tokens=5) as llm:
         built = llm._open
-        request = llm._request(ask("Why is the ocean blue?"), built.processor.chat, GREEDY)
+        request = _request(llm, ask("Why is the ocean blue?"), built.processor.chat, GREEDY)
         built.engine.add_request(request)
-        assert not built.engine.step()[0].finished
+        assert built.engine.step() == []
         built.engine.abort(request.request_id)
         built.engine.check_integrity()
 
 
 def test_images_go_through_the_tower_in_bounded_groups(llm, ask, monkeypatch):
-    """No call takes more patches than the largest single image has; the answers do not change."""
-    images = [Image.new("RGB", (50, 50 + 5 * i), (i, 0, 0)) for i in range(5)]
+    """Five that arrive together: no call takes more patches than the largest single image has."""
+    images = [Image.new("RGB", (80 + 5 * i, 20), (i, 0, 0)) for i in range(5)]
     whole = [llm.chat(ask("?", image), GREEDY)[0].outputs[0].token_ids for image in images]
-    tower = llm._open.engine._model_runner._model.vision_tower
-    calls = []
-    handle = tower.register_forward_pre_hook(lambda module, arguments: calls.append(arguments[0].patches.shape[0]))
-    try:
-        together = llm.chat([ask("?", image) for image in images], GREEDY)
-    finally:
-        handle.remove()
-    assert [output.outputs[0].token_ids for output in together] == whole
-    assert max(calls) <= 31 * 31
+    calls, built = [], llm._open
+    encode = built.engine._runner.encode
+    monkeypatch.setattr(built.engine._runner, "encode", lambda vision: calls.append(vision) or encode(vision))
+    requests = [_request(llm, ask("?", image), built.processor.chat, GREEDY) for image in images]
+    for request in requests:
+        built.engine.add_request(request)
+    final = {}
+    while built.engine.num_unfinished:
+        final |= {output.request_id: output for output in built.engine.step()}
+    assert [final[request.request_id].outputs[0].token_ids for request in requests] == whole
+    packs = [vision.images for vision in calls if vision.first_layer == 0]
+    assert sum(len(pack) for pack in packs) == 5 > len(packs)
+    assert max(sum(image.plan.num_patches for image in pack) for pack in packs) <= 31 * 31
 
 
-def test_an_image_asked_about_several_times_is_encoded_once(llm, ask, golden_images, monkeypatch):
-    runner = llm._open.engine._model_runner
-    encoded = []
-    encode = runner.encode_images
-    monkeypatch.setattr(runner, "encode_images", lambda images: encoded.extend(images) or encode(images))
+def test_an_image_asked_about_several_times_is_encoded_once(llm, ask, golden_images):
+    before = llm.stats
     same = golden_images / "300x200.png"
     llm.chat([ask("a", same), ask("b", same), ask("c", same, same)], SamplingParams(max_tokens=2, n=2))
-    assert len(encoded) == 1
+    assert llm.stats.num_encoded_images - before.num_encoded_images == 1
+    assert llm.stats.num_image_queries - before.num_image_queries == 6
 
 
 def test_another_picture_of_the_same_size_is_not_confused(llm, ask):
@@ -232,12 +236,14 @@ def test_a_stream_does_not_outlive_its_engine(ask):
 def test_one_failing_answer_of_several_frees_all(ask):
     """n = 2, and one of the two rows goes wrong in decode: the request fails whole and holds nothing."""
     with LLM("tiny", device="cpu") as llm:
-        runner = llm._open.engine._model_runner
+        runner = llm._open.engine._runner
         forward = runner.forward
 
         def fail_second_row(batch):
             logits, errors = forward(batch)
-            return logits, errors if batch.is_prefill else [errors[0], NumericalError("language_model", "float32")]
+            if len(errors) == 2:
+                errors[1] = NumericalError("language_model", "float32")
+            return logits, errors
 
         runner.forward = fail_second_row
         with pytest.raises(NumericalError):
@@ -353,7 +359,7 @@ def test_nan_names_its_stage_and_spares_the_others(ask, golden_images):
 
     with LLM("tiny", dtype="float32", device="cpu") as llm:
         expected = _ids(llm.chat(ask("hi"), params))
-        model = llm._open.engine._model_runner._model
+        model = llm._open.engine._runner._model
         poison(model, "downsampler.conv.weight")
         with pytest.raises(NumericalError, match="stage 'downsampler' computed in float32"):
             llm.chat([ask("hi"), picture], params)
@@ -377,8 +383,8 @@ def test_nan_in_one_row_of_a_batch(ask):
     with LLM("tiny", dtype="float32", device="cpu") as llm:
         expected = _ids(llm.generate([[1, 5]], params))[0][0]
         built = llm._open
-        built.engine._model_runner._model.language_model.tok_embeddings.weight.data[600, 0] = float("nan")
-        requests = [llm._request(ids, built.processor.token_ids, params) for ids in ([1, 600], [1, 5])]
+        built.engine._runner._model.language_model.tok_embeddings.weight.data[600, 0] = float("nan")
+        requests = [_request(llm, ids, built.processor.token_ids, params) for ids in ([1, 600], [1, 5])]
         for request in requests:
             built.engine.add_request(request)
         final = {}
@@ -395,7 +401,7 @@ def test_nan_in_one_row_of_a_batch(ask):
 def test_fp16_overflow_is_not_an_answer(ask, golden_images):
     """The classic failure of float16 towers: weights that overflow give an error, never `!!!!`."""
     with LLM("tiny", dtype="float16", device="cpu") as llm:
-        llm._open.engine._model_runner._model.vision_tower.encoder.layers[0].mlp.fc2.weight.data.fill_(6e4)
+        llm._open.engine._runner._model.vision_tower.encoder.layers[0].mlp.fc2.weight.data.fill_(6e4)
         with pytest.raises(NumericalError, match="'vision_tower' computed in float16; try --dtype bfloat16"):
             llm.chat(ask("hi", golden_images / "1x1.png"))
 
@@ -419,7 +425,9 @@ def test_closed(ask):
         ({"dtyp": "float32"}, ParameterError, "unknown option 'dtyp'; did you mean dtype?"),
         ({"dtype": "float8"}, ParameterError, "dtype must be auto, .* Given: 'float8'"),
         ({"load_format": "gguf"}, ParameterError, "load_format must be auto or dummy"),
-        ({"tensor_parallel_size": 2}, ParameterError, "tensor_parallel_size must be 1 in this version"),
+        ({"tensor_parallel_size": 3}, ParameterError, "tensor_parallel_size must be 1, 2, 4 or 8. Given: 3"),
+        ({"image_cache_memory": -1}, ParameterError, "image_cache_memory must be an integer >= 0. Given: -1"),
+        ({"num_speculative_tokens": 1.5}, ParameterError, "num_speculative_tokens must be an integer >= 0"),
         ({"max_num_seqs": 0}, ParameterError, "max_num_seqs must be an integer >= 1. Given: 0"),
         ({"seed": -1}, ParameterError, "seed must be an integer in"),
         ({"seed": 2**32}, ParameterError, "seed must be an integer in"),
@@ -468,14 +476,18 @@ def test_half_of_what_is_free_bounds_the_cache(monkeypatch):
         assert plan.kv_tokens > llm.max_model_len
 
 
-def test_memory_of_images_is_given_back(ask):
-    """A hundred different pictures later the engine holds none of them."""
-    with LLM("tiny", device="cpu") as llm:
+@pytest.mark.parametrize("budget", [0, 4 * 66 * 128 * 4])
+def test_memory_of_images_is_bounded(ask, budget):
+    """A hundred different pictures later the engine holds the last few that fit, and no more."""
+    with LLM("tiny", dtype="float32", device="cpu", image_cache_memory=budget) as llm:
         for start in range(0, 100, 25):
             batch = [ask("?", Image.new("RGB", (8, 8), (i, 0, 0))) for i in range(start, start + 25)]
             llm.chat(batch, SamplingParams(max_tokens=1))
         llm._open.engine.check_integrity()
-        assert not llm._open.engine._encoder_cache._embeds
+        kept = llm._open.engine._runner._visual_embeds.values()
+        num_bytes = sum(embeds.numel() * embeds.element_size() for embeds in kept)
+        assert num_bytes == llm.stats.image_cache_bytes <= budget
+        assert bool(kept) == bool(budget)
 
 
 def test_threads_of_torch_are_left_alone():

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wemm.checkpoint.checkpoint import BUNDLED_DIRECTORY
-from wemm.engine.output import Answer
+from wemm.engine.output import Answer, is_loop
 from wemm.processing.tokenizer import Tokenizer
 from wemm.request import SamplingParams
 
@@ -24,8 +24,8 @@ def _bytes(text):
 def _run(token_ids, max_tokens=1000, **params):
     answer = Answer(TOKENIZER, SamplingParams(**params), max_tokens)
     shown = []
-    for token_id in token_ids:
-        answer.push(token_id)
+    for length in range(1, len(token_ids) + 1):
+        answer.push(token_ids[:length])
         shown.append(answer.text)
         if answer.finish_reason:
             break
@@ -110,3 +110,34 @@ def test_special_tokens_in_text(skip):
     plugin = TOKENIZER.control_ids["<|plugin|>"]
     answer, _ = _run([*_bytes("a"), plugin, *_bytes("b")], skip_special_tokens=skip)
     assert answer.text == ("ab" if skip else "a<|plugin|>b")
+
+
+def test_nothing_ends_an_answer_before_min_tokens_but_its_own_end():
+    """The sampler keeps end tokens out of reach; a stop string that comes too early is text."""
+    answer, _ = _run(_bytes("a.b.c"), stop=".", min_tokens=3)
+    assert (answer.text, answer.finish_reason) == ("a.b", "stop")
+
+
+@pytest.mark.parametrize("cycle", [1, 2, 7, 31, 128])
+def test_a_loop_is_ended(cycle):
+    """Within 32 tokens after the eighth time round, and 256 tokens."""
+    beginning, loop = list(range(1000, 1050)), list(range(cycle))
+    ids = beginning + loop * 400
+    enough = len(beginning) + max(256, 8 * cycle)
+    found = next(length for length in range(1, len(ids)) if is_loop(ids[:length]))
+    assert enough <= found < enough + 32
+
+
+def test_a_long_line_of_dots_and_a_table_are_no_loops():
+    dots = [5] * 250
+    rows = [token for number in range(200) for token in (7, number, 7, 8)]
+    for text in (dots, rows, rows + dots):
+        assert not any(is_loop(text[:length]) for length in range(len(text) + 1))
+
+
+def test_a_loop_has_its_own_finish_reason_and_can_be_allowed():
+    loop = _bytes("ab") * 300
+    answer, shown = _run(loop)
+    assert (answer.finish_reason, len(shown)) == ("repetition", 256)
+    answer, shown = _run(loop, repetition_guard=False)
+    assert (answer.finish_reason, len(shown)) == (None, 600)

@@ -9,7 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wemm.engine.sampler import apply_penalties, filtered_probs
+from wemm.engine.sampler import (
+    SamplingRow,
+    _mix,
+    apply_penalties,
+    exponential_noise,
+    filtered_probs,
+    random_key,
+    sample,
+)
 from wemm.errors import ParameterError
 from wemm.request import SamplingParams
 
@@ -33,7 +41,7 @@ def test_no_penalty_leaves_the_logits_alone():
 
 
 def _kept(**options):
-    return (filtered_probs(LOGITS, SamplingParams(temperature=1.0, **options)) > 0).tolist()
+    return (filtered_probs(LOGITS[None], [SamplingParams(temperature=1.0, **options)])[0] > 0).tolist()
 
 
 def test_filters():
@@ -47,7 +55,7 @@ def test_filters():
     assert _kept(min_p=1.0) == [True, False, False, False, False]
     # top_p works on what top_k left: of 0.64 and 0.23 the first alone is 73 %.
     assert _kept(top_k=2, top_p=0.7) == [True, False, False, False, False]
-    assert torch.equal(filtered_probs(LOGITS, SamplingParams(temperature=1.0)), probs)
+    assert torch.equal(filtered_probs(LOGITS[None], [SamplingParams(temperature=1.0)])[0], probs)
 
 
 @settings(max_examples=200, deadline=None)
@@ -60,8 +68,8 @@ def test_filters():
 )
 def test_a_most_probable_token_always_survives(logits, temperature, top_p, top_k, min_p):
     params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
-    unfiltered = filtered_probs(torch.tensor(logits), SamplingParams(temperature=temperature))
-    probs = filtered_probs(torch.tensor(logits), params)
+    unfiltered = filtered_probs(torch.tensor([logits]), [SamplingParams(temperature=temperature)])
+    probs = filtered_probs(torch.tensor([logits]), [params])
     assert probs.isfinite().all()
     assert (probs >= 0).all()
     assert probs.max() == unfiltered.max() > 0
@@ -69,11 +77,99 @@ def test_a_most_probable_token_always_survives(logits, temperature, top_p, top_k
 
 def test_top_p_is_reached_by_the_first_of_two_equals():
     params = SamplingParams(temperature=1.0, top_p=0.5)
-    assert (filtered_probs(torch.zeros(2), params) > 0).tolist() == [True, False]
+    assert (filtered_probs(torch.zeros(1, 2), [params])[0] > 0).tolist() == [True, False]
 
 
 def test_tiny_temperature_is_greedy_and_finite():
-    assert filtered_probs(LOGITS, SamplingParams(temperature=1e-6)).tolist() == [1, 0, 0, 0, 0]
+    assert filtered_probs(LOGITS[None], [SamplingParams(temperature=1e-6)])[0].tolist() == [1, 0, 0, 0, 0]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    params=st.lists(
+        st.builds(
+            SamplingParams,
+            temperature=st.floats(0.1, 3),
+            top_p=st.floats(0.1, 1),
+            top_k=st.integers(0, 12),
+            min_p=st.floats(0, 0.5),
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    seed=st.integers(0, 2**31),
+)
+def test_rows_are_filtered_together_as_alone(params, seed):
+    logits = torch.randn(len(params), 10, generator=torch.Generator().manual_seed(seed))
+    together = filtered_probs(logits, params)
+    for i, own in enumerate(params):
+        assert torch.equal(together[i], filtered_probs(logits[i : i + 1], [own])[0])
+
+
+def test_noise_is_exponential_and_belongs_to_its_key():
+    """Mean 1, P(x > t) = exp(-t), never 0 or infinite, uncorrelated between keys, the same in any company."""
+    keys = [
+        random_key(seed, index, position) for seed in (0, 1, 2**64 - 1) for index in (0, 1) for position in (0, 1)
+    ]
+    assert len(set(keys)) == 12
+    noise = exponential_noise(keys, 50_000, torch.device("cpu"))
+    assert noise.isfinite().all()
+    assert (noise > 0).all()
+    for t in (0.1, 1.0, 3.0):
+        share = (noise > t).double().mean().item()
+        assert share == pytest.approx(math.exp(-t), abs=4 * math.sqrt(math.exp(-t) / noise.numel()))
+    correlation = torch.corrcoef(noise) - torch.eye(12)
+    assert correlation.abs().max() < 5 / math.sqrt(50_000)
+    assert torch.equal(noise[3], exponential_noise([keys[3]], 50_000, torch.device("cpu"))[0])
+    assert torch.equal(noise[3, :100], exponential_noise([keys[3]], 100, torch.device("cpu"))[0])
+
+
+def test_the_generator_is_splitmix64():
+    """Against the published algorithm, seeded with 1234567: its first outputs."""
+    state, outputs = 1234567, []
+    for _ in range(3):
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+        outputs.append(_mix(state))
+    assert outputs == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    noise = exponential_noise([1234567], 3, torch.device("cpu"))[0]
+    expected = [-math.log(((output >> 41) + 0.5) / 2**23) for output in outputs]
+    assert noise.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def _choose(logits, **options):
+    row = {"params": SamplingParams(), "seed": 0, "index": 0, "prompt_token_ids": [], "output_token_ids": []}
+    return sample(torch.tensor([logits]), [SamplingRow(**{**row, **options})])[0].token_id
+
+
+def test_a_bias_is_added_and_can_force_or_forbid():
+    assert _choose([2.0, 1.0, 0.0], params=SamplingParams(logit_bias={2: 2.5})) == 2
+    assert _choose([2.0, 1.0, 0.0], params=SamplingParams(logit_bias={0: -100})) == 1
+    assert _choose([2.0, 1.0, 0.0], params=SamplingParams(logit_bias={2: 100, 0: 50})) == 2
+
+
+def test_the_end_is_out_of_reach_before_min_tokens():
+    params = SamplingParams(min_tokens=2)
+    ends = frozenset({0, 1})
+    assert _choose([2.0, 1.0, 0.0], params=params, end_token_ids=ends) == 2
+    assert _choose([2.0, 1.0, 0.0], params=params, end_token_ids=ends, output_token_ids=[5]) == 2
+    assert _choose([2.0, 1.0, 0.0], params=params, end_token_ids=ends, output_token_ids=[5, 5]) == 0
+
+
+def test_only_what_is_allowed_is_chosen():
+    allowed = torch.tensor([False, True, True])
+    assert _choose([2.0, 1.0, 0.0], allowed=allowed) == 1
+    assert _choose([2.0, 1.0, 0.0], allowed=allowed, params=SamplingParams(logit_bias={0: 100})) == 1
+
+
+def test_the_logits_given_are_left_alone():
+    logits = torch.tensor([[2.0, 1.0, 0.0]] * 2)
+    rows = [
+        SamplingRow(SamplingParams(logit_bias={2: 5}), 0, 0, [], []),
+        SamplingRow(SamplingParams(), 0, 0, [], []),
+    ]
+    assert [token.token_id for token in sample(logits, rows)] == [2, 0]
+    assert logits.tolist() == [[2.0, 1.0, 0.0]] * 2
+    assert sample(logits[:0], []) == []
 
 
 def test_draws_follow_the_distribution(llm):
@@ -107,7 +203,9 @@ def test_draws_follow_the_distribution(llm):
         ("max_tokens", 1.5), ("max_tokens", True), ("max_tokens", 2**31), ("seed", -1), ("seed", 2**64),
         ("logprobs", 21), ("logprobs", -1), ("logprobs", True), ("stop", [""]), ("stop", ["x"] * 65),
         ("stop", ["x" * 1025]), ("stop", [1]), ("stop", 3), ("stop_token_ids", ["a"]), ("stop_token_ids", 1.5),
-        ("ignore_eos", 1), ("skip_special_tokens", None),
+        ("ignore_eos", 1), ("skip_special_tokens", None), ("repetition_guard", 0), ("min_tokens", -1),
+        ("min_tokens", 257), ("logit_bias", [1]), ("logit_bias", {1: 101}), ("logit_bias", {1: math.nan}),
+        ("logit_bias", {-1: 1}), ("logit_bias", {"1": 1}), ("logit_bias", dict.fromkeys(range(1025), 1)),
     ],
 )  # fmt: skip
 def test_what_is_out_of_range_is_refused_by_name(name, value):

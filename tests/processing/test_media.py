@@ -8,6 +8,7 @@ import os
 import struct
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -861,3 +862,23 @@ def test_a_file_name_with_a_colon_is_a_file(tmp_path, monkeypatch):
 def test_a_pil_image_has_the_same_pixel_limit():
     with pytest.raises(MediaError, match="image of 20000x10000 pixels is too large"):
         open_image(Image.new("1", (20_000, 10_000)))
+
+
+def test_threads_that_open_images_leave_warnings_as_they_were():
+    """One of them may finish while another is in the middle of a picture that Pillow warns about."""
+    before = list(warnings.filters)
+    data = oriented(STORED[6], exif(orientation_tag(6), (MAKE, 0, 0, b""), (MAKE, LONG, 13, b"")))
+    with ThreadPoolExecutor(4) as pool:
+        for image in pool.map(open_image, [data] * 200):
+            assert np.array_equal(np.asarray(image), UPRIGHT)
+    assert warnings.filters == before
+
+
+def test_one_picture_object_in_many_threads(tmp_path):
+    """It reads its file when it is first used: every thread gets the whole picture."""
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    for _ in range(5):
+        with Image.open(tmp_path / "picture.png") as lazy, ThreadPoolExecutor(4) as pool:
+            for image in pool.map(open_image, [lazy] * 8):
+                assert np.array_equal(np.asarray(image), pixels)

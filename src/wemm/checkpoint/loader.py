@@ -31,7 +31,8 @@ def load_weights(
     """Fill every parameter of `model` (built on the meta device) with its slice of the checkpoint.
 
     A layer says how its weights are cut: `shard_dims` maps a parameter of its own to the dimension
-    that ranks share. At any moment one tensor exists twice (file and memory). Raises CheckpointError.
+    that ranks share, if it was built to share it. At any moment one tensor exists twice (file and memory).
+    Raises CheckpointError.
     """
     owners = dict(_parameter_owners(model))
     by_file: dict[Path, list[StoredTensor]] = defaultdict(list)
@@ -44,7 +45,7 @@ def load_weights(
                 module, attribute, shard_dim = owners.pop(spec.parameter)
                 entry = shard.get_slice(tensor.name)
                 index = [slice(None)] * len(spec.shape)
-                if shard_dim is not None:
+                if shard_dim is not None and getattr(module, attribute).shape[shard_dim] != spec.shape[shard_dim]:
                     index[shard_dim] = tensor_parallel.slice(spec.shape[shard_dim])
                 value = entry[tuple(index)].to(device=device, dtype=dtype, copy=True).contiguous()
                 _set_parameter(module, attribute, value)

@@ -23,9 +23,11 @@ _SAMPLING_OPTIONS = (
     "presence_penalty",
     "frequency_penalty",
     "stop",
+    "min_tokens",
+    "repetition_guard",
     "ignore_eos",
 )
-_PARSERS: dict[str, Callable[[str], Any]] = {"kv_cache_memory": parse_bytes}
+_PARSERS: dict[str, Callable[[str], Any]] = {"kv_cache_memory": parse_bytes, "image_cache_memory": parse_bytes}
 _SHORT = {"model": "-m"}
 
 

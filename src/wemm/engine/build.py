@@ -19,20 +19,23 @@ from wemm.checkpoint.checkpoint import (
     read_config,
 )
 from wemm.checkpoint.loader import load_dummy_weights, load_weights
-from wemm.checkpoint.weight_map import expected_tensors
 from wemm.config import PRESETS, EngineConfig, ModelConfig, PloraConfig
-from wemm.cost import MemoryPlan, count_parameters, plan_memory
+from wemm.cost import DTYPE_BYTES, MemoryPlan, largest_image, plan_memory
+from wemm.distributed import SINGLE, TensorParallel
+from wemm.engine.encoder_cache import EncoderCache
 from wemm.engine.engine import Engine
 from wemm.engine.kv_cache import KVCacheManager
-from wemm.engine.model_runner import ModelRunner
+from wemm.engine.model_runner import ModelRunner, Runner
+from wemm.engine.scheduler import Limits
+from wemm.engine.worker import Followers, Group, LeaderRunner, follow, leave_group, torchrun_rank
 from wemm.errors import CheckpointError, ParameterError
 from wemm.kernels import load_kernels
 from wemm.model.wemm import WemmModel
-from wemm.platforms import resolve_platform
+from wemm.platforms import Platform, resolve_platform
 from wemm.processing.image_processor import ImageProcessor
 from wemm.processing.processor import Processor
 from wemm.processing.tokenizer import Tokenizer
-from wemm.progress import ProgressBar
+from wemm.progress import ProgressBar, silent
 from wemm.request import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -94,11 +97,86 @@ def _random_weights(
 
 
 def build_engine(config: EngineConfig, progress: ProgressBar) -> BuiltEngine:
-    """Load a model and make it ready. Raises ClientError for whatever the caller can mend."""
-    platform = resolve_platform(config.device)
+    """Load a model and make it ready. Raises ClientError for whatever the caller can mend.
+
+    With several ranks this is the leader's part, and that of every process that torchrun started: those of
+    rank 1 and up serve the leader until it closes, then exit.
+    """
+    rank = torchrun_rank(config)
+    platform = resolve_platform(config.device, None if config.tensor_parallel_size == 1 else rank or 0)
+    if rank:
+        group = Group(platform.collective_backend, rank, config.tensor_parallel_size, store=None)
+        follow(build_rank(config, platform, group), group)
+        raise SystemExit(0)
     source = find_source(config)
     tokenizer = Tokenizer(source.tokenizer_directory)
-    text = source.config.text
+    _check(config, source, tokenizer)
+    plan, dtype = _plan(config, source, platform)
+    logger.info("%s on %s in %s, max_model_len %d", config.model, platform.device, dtype, plan.max_model_len)
+    num_blocks = plan.kv_tokens // config.block_size
+    runner = _make_runner(config, source, platform, dtype, num_blocks, rank, progress)
+    return BuiltEngine(
+        engine=Engine(
+            runner,
+            tokenizer,
+            KVCacheManager(num_blocks, config.block_size, config.enable_prefix_caching),
+            EncoderCache(plan.image_cache),
+            _limits(config, source, platform, dtype),
+            plan.max_model_len,
+            config.num_speculative_tokens,
+        ),
+        processor=Processor(
+            tokenizer,
+            ImageProcessor(source.config),
+            plan.max_model_len - 1,
+            source.config.text.vocab_size,
+            config.reference_image_mode,
+        ),
+        tokenizer=tokenizer,
+        source=source,
+        memory_plan=plan,
+        default_sampling_params=default_sampling_params(source.tokenizer_directory),
+    )
+
+
+def _make_runner(
+    config: EngineConfig,
+    source: Source,
+    platform: Platform,
+    dtype: str,
+    num_blocks: int,
+    rank: int | None,
+    progress: ProgressBar,
+) -> Runner:
+    def load(tensor_parallel: TensorParallel) -> ModelRunner:
+        model = _load_model(config, source, platform, dtype, tensor_parallel, progress)
+        return ModelRunner(model, source.config, platform, getattr(torch, dtype), num_blocks, config.block_size)
+
+    size = config.tensor_parallel_size
+    if size == 1:
+        return load(SINGLE)
+    followers = Followers(config) if rank is None else None
+    try:
+        group = Group(platform.collective_backend, 0, size, followers.store if followers else None)
+        group.send("build", num_blocks, dtype)
+        return LeaderRunner(load(group.tensor_parallel), group, followers)
+    except BaseException:
+        if followers is not None:
+            followers.stop()
+        leave_group()
+        raise
+
+
+def build_rank(config: EngineConfig, platform: Platform, group: Group) -> ModelRunner:
+    """A follower's share of the model, sized as the leader says."""
+    _, (num_blocks, dtype) = group.receive()
+    source = find_source(config)
+    model = _load_model(config, source, platform, dtype, group.tensor_parallel, silent)
+    return ModelRunner(model, source.config, platform, getattr(torch, dtype), num_blocks, config.block_size)
+
+
+def _check(config: EngineConfig, source: Source, tokenizer: Tokenizer) -> None:
+    text, size = source.config.text, config.tensor_parallel_size
     if tokenizer.vocab_size > text.vocab_size or max(tokenizer.control_ids.values()) >= text.vocab_size:
         raise CheckpointError(
             f"{source.tokenizer_directory}: the tokenizer has ids beyond vocab_size {text.vocab_size} "
@@ -109,48 +187,67 @@ def build_engine(config: EngineConfig, progress: ProgressBar) -> BuiltEngine:
             f"max_model_len must be in [2, {text.max_position_embeddings}], the positions the model knows. "
             f"Given: {config.max_model_len}"
         )
+    for name in ("num_key_value_heads", "intermediate_size", "vocab_size"):
+        if getattr(text, name) % size:
+            raise ParameterError(
+                f"tensor_parallel_size {size} must divide {name} {getattr(text, name)} of the model; "
+                "use fewer ranks"
+            )
+
+
+def _plan(config: EngineConfig, source: Source, platform: Platform) -> tuple[MemoryPlan, str]:
     dtype = platform.preferred_dtype(source.dtype) if config.dtype == "auto" else config.dtype
-    num_parameters = sum(count_parameters(expected_tensors(source.config, source.plora).values()).values())
+    size, available = config.tensor_parallel_size, platform.available_memory()
+    if available is not None and platform.ranks_share_memory:
+        available //= size
+    with torch.device("meta"):
+        rank = WemmModel(source.config, source.plora, TensorParallel(0, size))
     plan = plan_memory(
         source.config,
-        num_parameters,
+        sum(parameter.numel() for parameter in rank.parameters()),
         dtype,
-        platform.available_memory(),
+        available,
         config.max_model_len,
         config.max_num_seqs,
         config.max_num_batched_tokens,
         config.block_size,
         config.kv_cache_memory,
+        config.image_cache_memory,
+        size,
     )
-    logger.info("%s on %s in %s, max_model_len %d", config.model, platform.device, dtype, plan.max_model_len)
+    return plan, dtype
+
+
+def _load_model(
+    config: EngineConfig,
+    source: Source,
+    platform: Platform,
+    dtype: str,
+    tensor_parallel: TensorParallel,
+    progress: ProgressBar,
+) -> WemmModel:
     load_kernels(platform.device.type)
     torch_dtype: torch.dtype = getattr(torch, dtype)
     with torch.device("meta"):
-        model = WemmModel(source.config, source.plora)
-    with progress("loading weights", plan.weights, "bytes") as advance:
+        model = WemmModel(source.config, source.plora, tensor_parallel)
+    num_bytes = sum(parameter.numel() for parameter in model.parameters()) * torch_dtype.itemsize
+    with progress("loading weights", num_bytes, "bytes") as advance:
         if source.checkpoint is not None:
-            load_weights(model, source.checkpoint, torch_dtype, platform.device, advance=advance)
+            load_weights(model, source.checkpoint, torch_dtype, platform.device, tensor_parallel, advance)
         else:
-            load_dummy_weights(model, torch_dtype, platform.device, config.seed, advance=advance)
-    num_blocks = plan.kv_tokens // config.block_size
-    return BuiltEngine(
-        engine=Engine(
-            ModelRunner(model, source.config, platform, torch_dtype, num_blocks, config.block_size),
-            tokenizer,
-            KVCacheManager(num_blocks, config.block_size),
-            plan.max_model_len,
-            config.max_num_seqs,
-            config.max_num_batched_tokens,
-        ),
-        processor=Processor(
-            tokenizer,
-            ImageProcessor(source.config),
-            plan.max_model_len - 1,
-            text.vocab_size,
-            config.reference_image_mode,
-        ),
-        tokenizer=tokenizer,
-        source=source,
-        memory_plan=plan,
-        default_sampling_params=default_sampling_params(source.tokenizer_directory),
+            load_dummy_weights(model, torch_dtype, platform.device, config.seed, advance)
+    return model
+
+
+def _limits(config: EngineConfig, source: Source, platform: Platform, dtype: str) -> Limits:
+    largest = largest_image(source.config)
+    embed_bytes = source.config.text.hidden_size * DTYPE_BYTES[dtype]
+    return Limits(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_batched_patches=config.max_num_batched_patches or platform.max_num_batched_patches(),
+        max_image_patches=largest.num_patches,
+        num_vision_layers=source.config.vision.num_hidden_layers,
+        embed_bytes_per_token=embed_bytes,
+        embed_bytes_per_call=largest.num_tokens * embed_bytes,
     )

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
-
-from wemm.engine.decode import decode_batch
 from wemm.engine.encoder_cache import EncoderCache
 from wemm.engine.kv_cache import KVCacheManager
-from wemm.engine.model_runner import ModelRunner
+from wemm.engine.model_input import model_input
+from wemm.engine.model_runner import Runner
 from wemm.engine.output import Answer
-from wemm.engine.prefill import prefill_batch
-from wemm.engine.sampler import SampledToken, sample
-from wemm.engine.scheduler import ScheduledSequence, Scheduler, SchedulerOutput
+from wemm.engine.sampler import SampledToken, SamplingRow, sample
+from wemm.engine.scheduler import Limits, ScheduledSequence, Scheduler, VisionSlice
 from wemm.engine.sequence import Request, Sequence
-from wemm.errors import WemmError
-from wemm.model.batch import Batch
+from wemm.engine.speculation import Speculator
+from wemm.errors import EngineError, RankError, RequestTimeoutError, StepError, StructuredOutputError, WemmError
 from wemm.processing.tokenizer import Tokenizer
 from wemm.request import CompletionOutput, Logprob, RequestOutput
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -35,41 +36,106 @@ class _Progress:
         return self.error is not None or all(s.answer.finish_reason for s in self.sequences)
 
 
+@dataclass(frozen=True)
+class EngineStats:
+    """What the engine holds now, and counts since its start."""
+
+    num_waiting: int
+    num_running: int
+    num_blocks: int
+    num_free_blocks: int
+    num_steps: int
+    num_computed_tokens: int
+    """Rows of the language model, drafts included."""
+    num_computed_image_tokens: int
+    """Those that came from images."""
+    num_prefix_tokens: int
+    """Tokens of sequences given blocks."""
+    num_prefix_cached_tokens: int
+    """Those of them that needed no computing."""
+    num_image_queries: int
+    """Images that answers needed."""
+    num_encoded_images: int
+    """Images that went through the vision tower; the other queries were cache hits."""
+    num_tower_calls: int
+    image_cache_bytes: int
+    num_preemptions: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    """Draft tokens that came true."""
+
+
 class Engine:
     """Computes requests in steps. Single-threaded: one caller at a time."""
 
     def __init__(
         self,
-        model_runner: ModelRunner,
+        runner: Runner,
         tokenizer: Tokenizer,
         kv_cache: KVCacheManager,
+        encoder_cache: EncoderCache,
+        limits: Limits,
         max_model_len: int,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
+        num_speculative_tokens: int,
     ) -> None:
-        self._model_runner = model_runner
+        self._runner = runner
         self._tokenizer = tokenizer
-        self._max_model_len = max_model_len
         self._kv_cache = kv_cache
-        self._encoder_cache = EncoderCache()
-        self._scheduler = Scheduler(kv_cache, self._encoder_cache, max_num_seqs, max_num_batched_tokens)
+        self._encoder_cache = encoder_cache
+        self._embed_bytes_per_token = limits.embed_bytes_per_token
+        self._max_model_len = max_model_len
+        self._num_speculative_tokens = num_speculative_tokens
+        self._scheduler = Scheduler(kv_cache, encoder_cache, limits)
         self._requests: dict[str, _Progress] = {}
+        self._changed: dict[str, _Progress] = {}
+        self._num_steps = 0
+        self._num_computed_tokens = 0
+        self._num_computed_image_tokens = 0
 
     @property
     def num_unfinished(self) -> int:
         """Requests that wait or run."""
         return len(self._requests)
 
+    @property
+    def stats(self) -> EngineStats:
+        """Sizes now, counts since the start."""
+        scheduler, prefix, images = self._scheduler, self._kv_cache.stats, self._encoder_cache.stats
+        return EngineStats(
+            num_waiting=scheduler.num_waiting,
+            num_running=scheduler.num_running,
+            num_blocks=self._kv_cache.num_blocks,
+            num_free_blocks=self._kv_cache.num_free_blocks,
+            num_steps=self._num_steps,
+            num_computed_tokens=self._num_computed_tokens,
+            num_computed_image_tokens=self._num_computed_image_tokens,
+            num_prefix_tokens=prefix.num_tokens,
+            num_prefix_cached_tokens=prefix.num_cached_tokens,
+            num_image_queries=images.num_queries,
+            num_encoded_images=images.num_encoded,
+            num_tower_calls=scheduler.stats.num_tower_calls,
+            image_cache_bytes=self._encoder_cache.num_bytes,
+            num_preemptions=scheduler.stats.num_preemptions,
+            num_draft_tokens=scheduler.stats.num_draft_tokens,
+            num_accepted_tokens=scheduler.stats.num_accepted_tokens,
+        )
+
     def add_request(self, request: Request) -> None:
         """Queue a request: one sequence per answer asked for."""
         room = self._max_model_len - len(request.prompt.token_ids)
         max_tokens = min(request.sampling_params.max_tokens, room)
-        sequences = []
-        for index in range(request.sampling_params.n):
-            # torch's CPU generator looks at 32 bits of a seed; this one at 128.
-            generator = np.random.Generator(np.random.Philox(key=request.seed + (index << 64)))
-            answer = Answer(self._tokenizer, request.sampling_params, max_tokens)
-            sequences.append(Sequence(f"{request.request_id}#{index}", request, index, generator, answer))
+        sequences = [
+            Sequence(
+                f"{request.request_id}#{index}",
+                request,
+                index,
+                Answer(self._tokenizer, request.sampling_params, max_tokens),
+                # A grammar is walked one token at a time.
+                Speculator(0 if request.grammar else self._num_speculative_tokens),
+                request.grammar.walk() if request.grammar else None,
+            )
+            for index in range(request.sampling_params.n)
+        ]
         self._requests[request.request_id] = _Progress(request, sequences)
         for sequence in sequences:
             self._scheduler.add(sequence)
@@ -77,24 +143,25 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """Forget a request and free what it held; unknown ids are ignored."""
         progress = self._requests.pop(request_id, None)
+        self._changed.pop(request_id, None)
         if progress is not None:
             for sequence in progress.sequences:
                 self._scheduler.remove(sequence)
 
     def step(self) -> list[RequestOutput]:
-        """Compute one batch; returns the new state of every request in it."""
-        if not self._scheduler.has_work:
-            return []
-        step = self._scheduler.schedule()
-        _record_queue(step)
-        scheduled = self._encode_images(step)
-        if scheduled:
-            batch = self._prepare(step.is_prefill, scheduled)
-            logits, errors = self._model_runner.forward(batch)
-            tokens = sample(logits, [entry.sequence if entry.is_complete else None for entry in scheduled])
-            for entry, token, error in zip(scheduled, tokens, errors, strict=True):
-                self._update(entry, token, error)
-        return self._outputs(step)
+        """Compute one batch; returns the new state of every request that it brought forward."""
+        self._give_up_late_requests()
+        if self._scheduler.has_work:
+            plan = self._scheduler.schedule()
+            self._num_steps += 1
+            self._encode_images(plan.vision)
+            self._compute([entry for entry in plan.scheduled if self._is_wanted(entry.sequence)])
+            self._runner.drop_images(self._encoder_cache.take_dropped())
+        return self._outputs()
+
+    def close(self) -> None:
+        """Release other ranks. The engine cannot be used afterwards."""
+        self._runner.close()
 
     def check_integrity(self) -> None:
         """Raises IntegrityError if blocks or images are lost or held for nobody."""
@@ -104,60 +171,114 @@ class Engine:
             self._kv_cache.check_idle()
             self._encoder_cache.check_idle()
 
-    def _encode_images(self, step: SchedulerOutput) -> tuple[ScheduledSequence, ...]:
-        """Encode the step's images; returns the sequences all of whose images have embeddings."""
-        if not step.images:
-            return step.scheduled
+    def _give_up_late_requests(self) -> None:
+        now = time.perf_counter()
+        for progress in list(self._requests.values()):
+            request = progress.request
+            if request.deadline is not None and now > request.deadline:
+                seconds = request.deadline - request.arrival_time
+                self._fail(progress, RequestTimeoutError(f"no complete answer within {seconds:g} s"))
+
+    def _is_wanted(self, sequence: Sequence) -> bool:
+        progress = self._requests.get(sequence.request.request_id)
+        return progress is not None and progress.error is None
+
+    def _encode_images(self, vision: VisionSlice | None) -> None:
+        if vision is None:
+            return
+        holders = {image.sha256: self._holders(image.sha256) for image in vision.images}
+        waiting = {p.request.request_id: p for progresses in holders.values() for p in progresses}
+        for progress in waiting.values():
+            _record_queue(progress.request)
         started = time.perf_counter()
-        failed: dict[str, WemmError] = {}
-        results = self._model_runner.encode_images(step.images)
-        for image, result in zip(step.images, results, strict=True):
-            if isinstance(result, WemmError):
-                failed[image.sha256] = result
+        errors: Iterable[WemmError | None]
+        try:
+            errors = self._runner.encode(vision)
+        except RankError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, only the requests of these images fail
+            self._scheduler.cancel_encoding()
+            errors = [_step_error("vision encoding", error)] * len(vision.images)
+        for progress in waiting.values():
+            progress.request.metrics.vision += time.perf_counter() - started
+        for image, failure in zip(vision.images, errors, strict=False):  # no results before the last layer
+            if failure is None:
+                num_bytes = image.plan.num_tokens * self._embed_bytes_per_token
+                self._encoder_cache.store(image.sha256, num_bytes)
             else:
-                self._encoder_cache.store(image.sha256, result)
-        seconds = time.perf_counter() - started
-        encoded = {image.sha256 for image in step.images}
-        remaining = []
-        for entry in step.scheduled:
-            hashes = [span.image.sha256 for span in entry.sequence.image_spans]
-            errors = [failed[sha256] for sha256 in hashes if sha256 in failed]
-            if encoded.intersection(hashes):
-                entry.sequence.request.metrics.vision = seconds
-            if errors:
-                self._fail(entry.sequence, errors[0])
-            else:
-                remaining.append(entry)
-        return tuple(remaining)
+                for progress in holders[image.sha256]:
+                    self._fail(progress, failure)
 
-    def _prepare(self, is_prefill: bool, scheduled: tuple[ScheduledSequence, ...]) -> Batch:
-        device = self._model_runner.device
-        if is_prefill:
-            return prefill_batch(scheduled, self._kv_cache, self._encoder_cache, device)
-        return decode_batch(scheduled, self._kv_cache, device)
+    def _holders(self, sha256: str) -> list[_Progress]:
+        request_ids = dict.fromkeys(seq_id.rsplit("#", 1)[0] for seq_id in self._encoder_cache.holders(sha256))
+        return [self._requests[request_id] for request_id in request_ids]
 
-    def _update(self, entry: ScheduledSequence, token: SampledToken | None, error: WemmError | None) -> None:
+    def _compute(self, scheduled: list[ScheduledSequence]) -> None:
+        if not scheduled:
+            return
+        for entry in scheduled:
+            _record_queue(entry.sequence.request)
+        complete = [entry for entry in scheduled if entry.is_complete]
+        try:
+            inputs = model_input(scheduled, self._kv_cache)
+            logits, errors = self._runner.forward(inputs)
+            tokens = sample(logits, [row for entry in complete for row in _sampling_rows(entry)])
+        except RankError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, only the requests of this step fail
+            for entry in scheduled:
+                self._fail(self._requests[entry.sequence.request.request_id], _step_error("step", error))
+            return
+        self._num_computed_tokens += len(inputs.input_ids)
+        self._num_computed_image_tokens += len(inputs.image_rows)
+        results = iter(zip(tokens, errors, strict=True))
+        for entry in scheduled:
+            if not entry.is_complete:
+                self._scheduler.update(entry, num_accepted=0)
+                continue
+            drawn = [next(results) for _ in range(1 + len(entry.draft_token_ids))]
+            if self._is_wanted(entry.sequence):  # another answer of the same request may just have failed
+                self._advance(entry, drawn)
+
+    def _advance(self, entry: ScheduledSequence, drawn: Iterable[tuple[SampledToken, WemmError | None]]) -> None:
+        """Take the token behind a sequence, and those behind its drafts as far as these were right."""
         sequence = entry.sequence
-        if error is not None:
-            self._fail(sequence, error)
-            return
-        sequence.num_computed_tokens = entry.stop
-        if token is None:
-            return
+        progress = self._requests[sequence.request.request_id]
+        num_accepted = -1
+        for (token, error), guess in zip(drawn, (*entry.draft_token_ids, None), strict=True):
+            if error is not None:
+                self._fail(progress, error)
+                return
+            try:
+                self._append(sequence, token)
+            except StructuredOutputError as failure:
+                self._fail(progress, failure)
+                return
+            num_accepted += 1
+            if token.token_id != guess or sequence.answer.finish_reason:
+                break
+        self._scheduler.update(entry, num_accepted)
+        if sequence.answer.finish_reason:
+            self._scheduler.remove(sequence)
+        self._changed[sequence.request.request_id] = progress
+
+    def _append(self, sequence: Sequence, token: SampledToken) -> None:
         sequence.output_token_ids.append(token.token_id)
         sequence.cumulative_logprob += token.logprob
         if sequence.params.logprobs is not None:
             sequence.logprobs.append(self._logprobs(token))
-        sequence.answer.push(token.token_id)
+        sequence.answer.push(sequence.output_token_ids)
+        if sequence.grammar is not None and sequence.answer.finish_reason is None:
+            sequence.grammar.accept(token.token_id)
         _record_token(sequence.request)
-        if sequence.answer.finish_reason:
-            self._scheduler.remove(sequence)
 
-    def _fail(self, sequence: Sequence, error: WemmError) -> None:
-        progress = self._requests[sequence.request.request_id]
-        progress.error = error
-        for other in progress.sequences:
-            self._scheduler.remove(other)
+    def _fail(self, progress: _Progress, error: WemmError) -> None:
+        if progress.error is None:
+            progress.error = error
+            self._changed[progress.request.request_id] = progress
+            for sequence in progress.sequences:
+                self._kv_cache.unpublish(sequence.seq_id)
+                self._scheduler.remove(sequence)
 
     def _logprobs(self, token: SampledToken) -> dict[int, Logprob]:
         entries = {token_id: (value, rank) for rank, (token_id, value) in enumerate(token.top, start=1)}
@@ -167,23 +288,39 @@ class Engine:
             for token_id, (value, rank) in entries.items()
         }
 
-    def _outputs(self, step: SchedulerOutput) -> list[RequestOutput]:
-        request_ids = dict.fromkeys(entry.sequence.request.request_id for entry in step.scheduled)
-        outputs = []
-        for request_id in request_ids:
-            progress = self._requests[request_id]
-            outputs.append(_request_output(progress))
-            if progress.finished:
-                del self._requests[request_id]
+    def _outputs(self) -> list[RequestOutput]:
+        outputs = [_request_output(progress) for progress in self._changed.values()]
+        self._changed.clear()
+        for output in outputs:
+            if output.finished:
+                del self._requests[output.request_id]
         return outputs
 
 
-def _record_queue(step: SchedulerOutput) -> None:
-    now = time.perf_counter()
-    for entry in step.scheduled:
-        request = entry.sequence.request
-        if not request.metrics.queue:
-            request.metrics.queue = now - request.arrival_time - request.metrics.processing
+def _sampling_rows(entry: ScheduledSequence) -> list[SamplingRow]:
+    sequence, draft = entry.sequence, list(entry.draft_token_ids)
+    return [
+        SamplingRow(
+            params=sequence.params,
+            seed=sequence.request.seed,
+            index=sequence.index,
+            prompt_token_ids=sequence.request.prompt.token_ids,
+            output_token_ids=[*sequence.output_token_ids, *draft[:i]] if draft else sequence.output_token_ids,
+            end_token_ids=sequence.answer.end_token_ids,
+            allowed=sequence.grammar.allowed() if sequence.grammar else None,
+        )
+        for i in range(1 + len(draft))
+    ]
+
+
+def _step_error(what: str, error: Exception) -> EngineError:
+    logger.error("%s failed", what, exc_info=error)
+    return error if isinstance(error, EngineError) else StepError(f"{what} failed: {error!r}")
+
+
+def _record_queue(request: Request) -> None:
+    if not request.metrics.queue:
+        request.metrics.queue = time.perf_counter() - request.arrival_time - request.metrics.processing
 
 
 def _record_token(request: Request) -> None:

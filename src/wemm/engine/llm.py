@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import difflib
-import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from wemm.config import EngineConfig
+from wemm.config import EngineConfig, engine_config
+from wemm.engine.beam_search import Complete, beam_search
 from wemm.engine.build import BuiltEngine, build_engine
+from wemm.engine.engine import EngineStats
+from wemm.engine.intake import Intake, Process, process_text_or_ids
 from wemm.engine.sequence import Request
 from wemm.errors import EngineError, ParameterError, PromptError
 from wemm.processing.chat_template import Message
 from wemm.processing.processor import ProcessedPrompt
-from wemm.progress import ProgressBar, silent
-from wemm.request import RequestMetrics, RequestOutput, SamplingParams
+from wemm.progress import Advance, ProgressBar, silent
+from wemm.request import BeamSearchParams, RequestOutput, SamplingParams
 
 Prompt = str | Sequence[int]
 """Raw text, or token ids."""
@@ -38,15 +41,9 @@ class LLM:
     """
 
     def __init__(self, model: str | Path, *, progress: ProgressBar = silent, **options: Any) -> None:
-        known = EngineConfig.help()
-        for name in options:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
-                raise ParameterError(f"unknown option {name!r}{hint}")
-        self.config = EngineConfig(model=str(model), **options)
+        self.config: EngineConfig = engine_config(model, options)
         self._built: BuiltEngine | None = build_engine(self.config, progress)
-        self._num_requests = 0
+        self._intake = Intake(self._built, self.config.seed)
         self._mailboxes: dict[str, deque[RequestOutput]] = {}
 
     def chat(
@@ -54,39 +51,45 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: Params = None,
         progress: ProgressBar = silent,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of a list of conversations.
 
         A message is {"role": "system" | "user" | "assistant", "content": TEXT or list of parts}; a part is
         {"type": "text", "text": …}, {"type": "image", "image": path, bytes or PIL image} or
         {"type": "image_url", "image_url": {"url": "data:…"}}. Without `sampling_params`, the checkpoint's
-        generation_config.json decides, greedy if it says nothing. Raises PromptError, MediaError, NumericalError.
+        generation_config.json decides, greedy if it says nothing. Beside streams under way, requests of
+        smaller `priority` go first. `timeout` are seconds that each may take. Raises PromptError, MediaError,
+        RequestTimeoutError, NumericalError.
         """
-        processor = self._open.processor
         conversations = [messages] if _is_conversation(messages) else messages
-        return self._run(conversations, processor.chat, sampling_params, progress)
+        process = self._open.processor.chat
+        return self._run(conversations, process, sampling_params, progress, priority, timeout)
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: Params = None,
         progress: ProgressBar = silent,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
     ) -> list[RequestOutput]:
         """Continue raw text (BOS is prepended, no template) or token ids, one prompt or a list."""
-        processor = self._open.processor
-
-        def process(prompt: Any) -> ProcessedPrompt:
-            return processor.text(prompt) if isinstance(prompt, str) else processor.token_ids(prompt)
-
+        process = process_text_or_ids(self._open)
         is_token_ids = isinstance(prompts, Sequence) and bool(prompts) and isinstance(prompts[0], int)
         is_single = isinstance(prompts, str) or is_token_ids
-        return self._run([prompts] if is_single else prompts, process, sampling_params, progress)
+        return self._run(
+            [prompts] if is_single else prompts, process, sampling_params, progress, priority, timeout
+        )
 
     def stream_chat(
         self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
     ) -> Iterator[RequestOutput]:
         """Answer one conversation; yields its state after every token, the last one `finished`."""
-        request = self._request(messages, self._open.processor.chat, sampling_params)
+        request = self._intake.submit(messages, self._open.processor.chat, sampling_params).result()
         mailbox = self._submit(request)
         try:
             while True:
@@ -99,10 +102,30 @@ class LLM:
         finally:
             self._forget(request.request_id)
 
+    def beam_search(
+        self, messages: Sequence[Message], params: BeamSearchParams, progress: ProgressBar = silent
+    ) -> RequestOutput:
+        """The most probable answers to one conversation that `beam_width` beams find, best first."""
+        built = self._open
+        prompt = built.processor.chat(messages)
+        max_tokens = min(params.max_tokens, self.max_model_len - len(prompt.token_ids))
+
+        def complete(prompts: Sequence[ProcessedPrompt], one: SamplingParams) -> list[RequestOutput]:
+            return self._run(prompts, lambda ready: ready, one, silent, priority=0, timeout=None)
+
+        with progress("searching", max_tokens, "tokens") as advance:
+            outputs = beam_search(prompt, params, max_tokens, built.tokenizer, _counted(complete, advance))
+        return RequestOutput("beam-search", prompt.token_ids, outputs, True, prompt.num_image_tokens)
+
     @property
     def default_sampling_params(self) -> SamplingParams:
         """What an absent `sampling_params` means for this checkpoint."""
         return self._open.default_sampling_params
+
+    @property
+    def stats(self) -> EngineStats:
+        """What the engine holds and has done."""
+        return self._open.engine.stats
 
     @property
     def max_model_len(self) -> int:
@@ -110,8 +133,11 @@ class LLM:
         return self._open.memory_plan.max_model_len
 
     def close(self) -> None:
-        """Release weights and caches; further calls raise EngineError."""
-        self._built = None
+        """Release weights, caches and other ranks; further calls raise EngineError."""
+        built, self._built = self._built, None
+        if built is not None:
+            self._intake.close()
+            built.engine.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -130,25 +156,31 @@ class LLM:
     def _run(
         self,
         prompts: Any,
-        process: Callable[[Any], ProcessedPrompt],
+        process: Process,
         sampling_params: Params,
         progress: ProgressBar,
+        priority: int,
+        timeout: float | None,
     ) -> list[RequestOutput]:
         if not isinstance(prompts, Sequence) or isinstance(prompts, (str, bytes)):
             raise PromptError(f"give one prompt or a list of them. Given: {type(prompts).__name__}")
         params = _per_prompt(sampling_params, len(prompts))
+        # Prompts are prepared a little ahead of the engine, never all: a long list of images must not be
+        # held as pixels at once.
         waiting = iter(zip(prompts, params, strict=True))
-        finished: dict[str, RequestOutput] = {}
-        order: list[str] = []
+        preparing: deque[Future[Request]] = deque()
         running: dict[str, deque[RequestOutput]] = {}
+        order: list[str] = []
+        finished: dict[str, RequestOutput] = {}
         with progress("answering", len(prompts), "answers") as advance:
             try:
                 while len(finished) < len(prompts):
-                    # Prompts are processed as the engine drains, so that a long list of images is
-                    # never held as pixels all at once.
-                    while len(running) < self.config.max_num_seqs and len(order) < len(prompts):
-                        prompt, prompt_params = next(waiting)
-                        request = self._request(prompt, process, prompt_params)
+                    for prompt, prompt_params in islice(waiting, self._intake.lookahead - len(preparing)):
+                        preparing.append(self._intake.submit(prompt, process, prompt_params, priority, timeout))
+                    while preparing and len(running) < self.config.max_num_seqs:
+                        if running and not preparing[0].done():
+                            break
+                        request = preparing.popleft().result()
                         order.append(request.request_id)
                         running[request.request_id] = self._submit(request)
                     self._step()
@@ -156,6 +188,8 @@ class LLM:
                         finished[request_id] = _checked(running.pop(request_id)[-1])
                         advance(1)
             finally:
+                for future in preparing:
+                    future.cancel()
                 for request_id in order:
                     self._forget(request_id)
         return [finished[request_id] for request_id in order]
@@ -175,23 +209,13 @@ class LLM:
         if self._built is not None:
             self._built.engine.abort(request_id)
 
-    def _request(
-        self, prompt: Any, process: Callable[[Any], ProcessedPrompt], params: SamplingParams | None
-    ) -> Request:
-        arrival_time = time.perf_counter()
-        params = params or self._open.default_sampling_params
-        _check_stop_token_ids(params, self._open.source.config.text.vocab_size)
-        processed = process(prompt)
-        self._num_requests += 1
-        seed = params.seed if params.seed is not None else self.config.seed * 2**32 + self._num_requests
-        return Request(
-            request_id=f"request-{self._num_requests}",
-            prompt=processed,
-            sampling_params=params,
-            seed=seed,
-            arrival_time=arrival_time,
-            metrics=RequestMetrics(processing=time.perf_counter() - arrival_time),
-        )
+
+def _counted(complete: Complete, advance: Advance) -> Complete:
+    def counted(prompts: Sequence[ProcessedPrompt], params: SamplingParams) -> list[RequestOutput]:
+        advance(1)
+        return complete(prompts, params)
+
+    return counted
 
 
 def _checked(output: RequestOutput) -> RequestOutput:
@@ -210,9 +234,3 @@ def _per_prompt(params: Params, count: int) -> list[SamplingParams | None]:
     if len(params) != count:
         raise ParameterError(f"{len(params)} sampling_params for {count} prompts; give one, or one per prompt")
     return list(params)
-
-
-def _check_stop_token_ids(params: SamplingParams, vocab_size: int) -> None:
-    for token_id in params.stop_token_ids or ():
-        if not 0 <= token_id < vocab_size:
-            raise ParameterError(f"stop_token_ids must be in [0, {vocab_size}). Given: {token_id}")

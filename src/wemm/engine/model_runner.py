@@ -1,19 +1,42 @@
-"""Batch → logits on one rank. Owns the model and the KV tensors; refuses NaN and Inf by stage."""
+"""What one rank computes. Owns model, KV tensors and visual embeddings; refuses NaN and Inf by stage."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
+import numpy as np
 import torch
 
 from wemm.config import ModelConfig
-from wemm.cost import largest_image
-from wemm.engine.vision_encode import group_images, image_batch
+from wemm.engine.model_input import ModelInput
+from wemm.engine.scheduler import VisionSlice
+from wemm.engine.vision_encode import image_batch
 from wemm.errors import NumericalError
-from wemm.model.batch import Batch
+from wemm.model.batch import Batch, ImageBatch
 from wemm.model.wemm import WemmModel
 from wemm.platforms import Platform
 from wemm.processing.image_processor import ProcessedImage
+
+
+class Runner(Protocol):
+    """What the engine asks of one rank or of many."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where logits lie."""
+
+    def encode(self, vision: VisionSlice) -> list[NumericalError | None]:
+        """Part of a vision-tower call. At its end every image's embeddings are kept, or its error returned."""
+
+    def forward(self, model_input: ModelInput) -> tuple[torch.Tensor, list[NumericalError | None]]:
+        """Logits float32 [num_logits, vocab_size], and per row what is wrong with it."""
+
+    def drop_images(self, hashes: Sequence[str]) -> None:
+        """Forget the embeddings of these images."""
+
+    def close(self) -> None:
+        """Release what is shared with other ranks."""
 
 
 class ModelRunner:
@@ -28,53 +51,89 @@ class ModelRunner:
         num_blocks: int,
         block_size: int,
     ) -> None:
-        text = config.text
         self._model = model
         self._config = config
         self._platform = platform
         self._dtype = dtype
         # Never read before it is written, so memory is taken only as it is used.
         self._kv_cache = torch.empty(
-            (text.num_hidden_layers, 2, num_blocks, block_size, text.num_key_value_heads, text.head_dim),
-            dtype=dtype,
-            device=platform.device,
+            model.kv_cache_shape(num_blocks, block_size), dtype=dtype, device=platform.device
         )
+        self._visual_embeds: dict[str, torch.Tensor] = {}
+        self._encoding: tuple[ImageBatch, torch.Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
-        """Where batches must lie."""
+        """Where logits lie."""
         return self._platform.device
 
     @torch.inference_mode()
-    def encode_images(self, images: Sequence[ProcessedImage]) -> list[torch.Tensor | NumericalError]:
-        """Embeddings [num_tokens, hidden_size] of each image, or why it has none."""
-        groups = group_images(images, largest_image(self._config).num_patches)
-        results = [result for group in groups for result in self._encode_group(group)]
+    def encode(self, vision: VisionSlice) -> list[NumericalError | None]:
+        """Some layers of the tower; behind the last one the downsampler, and embeddings to keep."""
+        tower = self._model.vision_tower
+        if vision.first_layer == 0:
+            packed = image_batch(vision.images, self._config.vision, self._dtype, self.device)
+            self._encoding = packed, tower.embeddings(packed.patches, packed.position_ids)
+        assert self._encoding is not None
+        packed, x = self._encoding
+        x = tower.encoder(x, packed.cu_seqlens, slice(vision.first_layer, vision.last_layer))
+        self._encoding = packed, x
+        if not vision.is_complete:
+            self._platform.synchronize()
+            return []
+        self._encoding = None
+        results = self._finish_encoding(vision.images, packed, tower.post_layernorm(x))
         self._platform.synchronize()
         return results
 
-    def _encode_group(self, images: Sequence[ProcessedImage]) -> list[torch.Tensor | NumericalError]:
-        packed = image_batch(images, self._config.vision, self._dtype, self.device)
-        features = self._model.vision_tower(packed)
+    def _finish_encoding(
+        self, images: Sequence[ProcessedImage], packed: ImageBatch, features: torch.Tensor
+    ) -> list[NumericalError | None]:
         embeds = self._model.visual_embeds(features, packed.patch_grids)
         per_image = features.split([image.plan.num_patches for image in images])
-        results: list[torch.Tensor | NumericalError] = []
-        for image_features, image_embeds in zip(per_image, embeds, strict=True):
+        results: list[NumericalError | None] = []
+        for image, image_features, image_embeds in zip(images, per_image, embeds, strict=True):
             if not _finite(image_features):
                 results.append(self._numerical_error("vision_tower"))
             elif not _finite(image_embeds):
                 results.append(self._numerical_error("downsampler"))
             else:
-                results.append(image_embeds)
+                results.append(None)
+                self._visual_embeds[image.sha256] = image_embeds
         return results
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> tuple[torch.Tensor, list[NumericalError | None]]:
-        """Logits float32 [num_seqs, vocab_size], and per sequence what is wrong with its row."""
-        hidden = self._model(batch, self._kv_cache)
+    def forward(self, model_input: ModelInput) -> tuple[torch.Tensor, list[NumericalError | None]]:
+        """Logits float32 [num_logits, vocab_size], and per row what is wrong with it."""
+        hidden = self._model(self._batch(model_input), self._kv_cache)
         logits = self._model.compute_logits(hidden)
         finite = zip(hidden.isfinite().all(-1).tolist(), logits.isfinite().all(-1).tolist(), strict=True)
         return logits, [self._row_error(*row) for row in finite]
+
+    def drop_images(self, hashes: Sequence[str]) -> None:
+        """Forget the embeddings of these images."""
+        for sha256 in hashes:
+            self._visual_embeds.pop(sha256, None)
+
+    def close(self) -> None:
+        """Nothing is shared."""
+
+    def _batch(self, m: ModelInput) -> Batch:
+        visual = [self._visual_embeds[s.sha256][s.start : s.stop] for s in m.visual_slices]
+        return Batch(
+            input_ids=self._tensor(m.input_ids),
+            positions=self._tensor(m.positions),
+            slot_mapping=self._tensor(m.slot_mapping),
+            block_tables=self._tensor(m.block_tables),
+            seq_lens=self._tensor(m.seq_lens),
+            logits_rows=self._tensor(m.logits_rows),
+            cu_seqlens_q=None if m.cu_seqlens_q is None else self._tensor(m.cu_seqlens_q),
+            image_rows=self._tensor(m.image_rows) if visual else None,
+            visual_embeds=torch.cat(visual) if visual else None,
+        )
+
+    def _tensor(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(self.device)
 
     def _row_error(self, hidden_finite: bool, logits_finite: bool) -> NumericalError | None:
         if hidden_finite and logits_finite:

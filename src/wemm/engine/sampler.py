@@ -1,15 +1,39 @@
-"""Logits and sampling parameters → tokens and log probabilities."""
+"""Logits and sampling parameters → tokens and log probabilities, for all rows of a step together.
+
+Every random number is a hash of the request's seed, the answer's index, the position and the token id.
+So a draw depends on nothing else: not on the batch, on steps taken before, on drafts or the device.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from wemm.engine.sequence import Sequence
 from wemm.request import SamplingParams
+
+_UINT64 = 2**64 - 1
+# splitmix64 (Steele, Lea and Flood 2014): increment, then two multiply-xorshift rounds.
+_INCREMENT, _FACTOR_1, _FACTOR_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_MANTISSA_BITS = 23
+
+
+@dataclass(frozen=True)
+class SamplingRow:
+    """What the token behind one row of logits depends on besides them."""
+
+    params: SamplingParams
+    seed: int
+    index: int
+    """Which of the request's n answers."""
+    prompt_token_ids: Sequence[int]
+    output_token_ids: Sequence[int]
+    """The answer before this token, drafts included."""
+    end_token_ids: frozenset[int] = frozenset()
+    """Tokens that would end the answer."""
+    allowed: torch.Tensor | None = None
+    """bool [vocab_size], what a grammar permits; None: everything."""
 
 
 @dataclass(frozen=True)
@@ -25,47 +49,57 @@ class SampledToken:
 
 
 @torch.inference_mode()
-def sample(logits: torch.Tensor, sequences: list[Sequence | None]) -> list[SampledToken | None]:
-    """Choose one token per row. logits: float32 [num_seqs, vocab_size], row i for sequences[i].
-
-    None stands for a row that draws nothing: its prompt is not computed to the end yet.
-    """
-    rows = [i for i, sequence in enumerate(sequences) if sequence is not None]
-    drawn = _sample(logits[rows], [sequence for sequence in sequences if sequence is not None]) if rows else []
-    tokens: list[SampledToken | None] = [None] * len(sequences)
-    for i, token in zip(rows, drawn, strict=True):
-        tokens[i] = token
-    return tokens
-
-
-def _sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[SampledToken]:
-    chosen = torch.stack([_choose(row, sequence) for row, sequence in zip(logits, sequences, strict=True)])
-    if all(sequence.params.logprobs is None for sequence in sequences):
+def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+    """Choose one token per row. logits: float32 [num_rows, vocab_size]."""
+    if not rows:
+        return []
+    adjusted = logits
+    for i, row in enumerate(rows):
+        changed = adjust(logits[i], row)
+        if changed is not None:
+            adjusted = logits.clone() if adjusted is logits else adjusted
+            adjusted[i] = changed
+    chosen = adjusted.argmax(dim=-1)
+    drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
+    if drawn:
+        chosen[drawn] = _draw(adjusted[drawn], [rows[i] for i in drawn])
+    if all(row.params.logprobs is None for row in rows):
         return [SampledToken(token_id, 0.0, 0, ()) for token_id in chosen.tolist()]
+    return _with_logprobs(logits, chosen, [row.params.logprobs or 0 for row in rows])
+
+
+def _with_logprobs(logits: torch.Tensor, chosen: torch.Tensor, counts: Sequence[int]) -> list[SampledToken]:
     logprobs = logits.log_softmax(dim=-1)
     picked = logprobs.gather(1, chosen.unsqueeze(1))
     ranks = (logprobs > picked).sum(dim=1) + 1
-    most = max(sequence.params.logprobs or 0 for sequence in sequences)
-    values, ids = logprobs.topk(most, dim=-1)
-    sampled = []
+    values, ids = logprobs.topk(min(max(counts), logits.shape[1]), dim=-1)
     rows = zip(chosen.tolist(), picked[:, 0].tolist(), ranks.tolist(), ids.tolist(), values.tolist(), strict=True)
-    for sequence, (token_id, logprob, rank, top_ids, top_values) in zip(sequences, rows, strict=True):
-        count = sequence.params.logprobs or 0
-        top = tuple(zip(top_ids[:count], top_values[:count], strict=True))
-        sampled.append(SampledToken(token_id, logprob, rank, top))
-    return sampled
+    return [
+        SampledToken(token_id, logprob, rank, tuple(zip(top_ids[:count], top_values[:count], strict=True)))
+        for count, (token_id, logprob, rank, top_ids, top_values) in zip(counts, rows, strict=True)
+    ]
 
 
-def _choose(logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:
-    params = sequence.params
-    logits = apply_penalties(logits, sequence.request.prompt.token_ids, sequence.output_token_ids, params)
-    if params.greedy:
-        return logits.argmax()
-    probs = filtered_probs(logits, params)
-    # Dividing by exponential noise and taking the largest draws from the distribution. The noise
-    # comes from the sequence's own generator: the same on every device and in every batch.
-    noise = torch.from_numpy(sequence.generator.standard_exponential(probs.shape[0], dtype=np.float32))
-    return (probs / noise.clamp_min(1e-30).to(probs.device)).argmax()
+def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    probs = filtered_probs(logits, [row.params for row in rows])
+    keys = [random_key(row.seed, row.index, len(row.output_token_ids)) for row in rows]
+    # Dividing by exponential noise and taking the largest draws from the distribution.
+    return (probs / exponential_noise(keys, probs.shape[1], probs.device)).argmax(dim=-1)
+
+
+def adjust(logits: torch.Tensor, row: SamplingRow) -> torch.Tensor | None:
+    """Logits [vocab_size] after bias, penalties, min_tokens and the grammar, in this order; None: as they were."""
+    params, given = row.params, logits
+    if params.biases:
+        ids, values = zip(*params.biases.items(), strict=True)
+        bias = torch.tensor(values, dtype=logits.dtype, device=logits.device)
+        logits = logits.index_add(0, torch.tensor(ids, device=logits.device), bias)
+    logits = apply_penalties(logits, row.prompt_token_ids, row.output_token_ids, params)
+    if len(row.output_token_ids) < params.min_tokens and row.end_token_ids:
+        logits = logits.index_fill(0, torch.tensor(sorted(row.end_token_ids), device=logits.device), -torch.inf)
+    if row.allowed is not None:
+        logits = logits.masked_fill(~row.allowed.to(logits.device), -torch.inf)
+    return None if logits is given else logits
 
 
 def apply_penalties(
@@ -92,17 +126,63 @@ def _ids(token_ids: Iterable[int], like: torch.Tensor) -> torch.Tensor:
     return torch.tensor([i for i in token_ids if 0 <= i < vocab_size], dtype=torch.int64, device=like.device)
 
 
-def filtered_probs(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """Probabilities [vocab_size] after temperature, then min_p, top_k and top_p; not renormalised."""
+def filtered_probs(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """Probabilities [num_rows, vocab_size] after temperature, then min_p, top_k and top_p; not renormalised."""
+
+    def column(values: Iterable[float]) -> torch.Tensor:
+        return torch.tensor(list(values), dtype=torch.float32, device=logits.device).unsqueeze(1)
+
     # Subtracting the maximum first keeps tiny temperatures finite.
-    probs = ((logits - logits.max()) / params.temperature).softmax(dim=-1)
-    if params.min_p > 0:
-        probs = probs.where(probs >= params.min_p * probs.max(), 0.0)
-    if 0 < params.top_k < probs.shape[0]:
-        probs = probs.where(probs >= probs.topk(params.top_k).values[-1], 0.0)
-    if params.top_p < 1:
-        ordered, order = probs.sort(descending=True, stable=True)
-        before = ordered.cumsum(0) - ordered
-        ordered = ordered.where(before < params.top_p * ordered.sum(), 0.0)
-        probs = torch.zeros_like(probs).index_copy(0, order, ordered)
+    shifted = logits - logits.amax(dim=-1, keepdim=True)
+    probs = (shifted / column(p.temperature for p in params)).softmax(dim=-1)
+    if any(p.min_p > 0 for p in params):
+        least = probs.amax(dim=-1, keepdim=True) * column(p.min_p for p in params)
+        probs = probs.where(probs >= least, 0.0)
+    vocab_size = logits.shape[1]
+    limited = [i for i, p in enumerate(params) if 0 < p.top_k < vocab_size]
+    if limited:
+        counts = torch.tensor([params[i].top_k for i in limited], device=logits.device).unsqueeze(1)
+        few = probs[limited]
+        least = few.topk(int(counts.max())).values.gather(1, counts - 1)
+        probs = probs.index_copy(0, torch.tensor(limited, device=logits.device), few.where(few >= least, 0.0))
+    limited = [i for i, p in enumerate(params) if p.top_p < 1]
+    if limited:
+        ordered, order = probs[limited].sort(descending=True, stable=True)
+        before = ordered.cumsum(-1) - ordered
+        wanted = column(params[i].top_p for i in limited) * ordered.sum(-1, keepdim=True)
+        kept = torch.zeros_like(ordered).scatter(1, order, ordered.where(before < wanted, 0.0))
+        probs = probs.index_copy(0, torch.tensor(limited, device=logits.device), kept)
     return probs
+
+
+def random_key(seed: int, index: int, position: int) -> int:
+    """64 bits for one position of one answer."""
+    key = seed
+    for part in (index, position):
+        key = _mix((key + (part + 1) * _INCREMENT) & _UINT64)
+    return key
+
+
+def _mix(z: int) -> int:
+    z = ((z ^ (z >> 30)) * _FACTOR_1) & _UINT64
+    z = ((z ^ (z >> 27)) * _FACTOR_2) & _UINT64
+    return z ^ (z >> 31)
+
+
+def exponential_noise(keys: Sequence[int], vocab_size: int, device: torch.device) -> torch.Tensor:
+    """Exponentially distributed float32 [len(keys), vocab_size], a function of keys and token ids alone."""
+    first = torch.tensor([_int64(key) for key in keys], device=device).unsqueeze(1)
+    z = first + torch.arange(1, vocab_size + 1, device=device) * _int64(_INCREMENT)
+    z = (z ^ _shift_right(z, 30)) * _int64(_FACTOR_1)
+    z = (z ^ _shift_right(z, 27)) * _int64(_FACTOR_2)
+    bits = _shift_right(z ^ _shift_right(z, 31), 64 - _MANTISSA_BITS)
+    # Halves between multiples of 2**-23: exact in float32, and neither 0 nor 1.
+    return -((bits.to(torch.float32) + 0.5) * 2**-_MANTISSA_BITS).log()
+
+
+def _shift_right(z: torch.Tensor, count: int) -> torch.Tensor:
+    return (z >> count) & (2 ** (64 - count) - 1)  # torch's own shift repeats the sign
+
+
+def _int64(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from wemm.engine.output import Answer
+from wemm.engine.speculation import Speculator
+from wemm.engine.structured import Grammar, GrammarWalk
 from wemm.processing.processor import ImageSpan, ProcessedPrompt
 from wemm.request import Logprob, RequestMetrics, SamplingParams
 
@@ -21,6 +21,12 @@ class Request:
     seed: int
     arrival_time: float
     """time.perf_counter() when the caller handed it in, before processing."""
+    priority: int = 0
+    """Smaller goes first."""
+    deadline: float | None = None
+    """time.perf_counter() after which it is given up."""
+    grammar: Grammar | None = None
+    """What its answers must follow."""
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
 
 
@@ -32,13 +38,15 @@ class Sequence:
     request: Request
     index: int
     """Which of the request's n answers this is."""
-    generator: np.random.Generator
-    """Draws this answer's random numbers and nobody else's."""
     answer: Answer
+    speculator: Speculator
+    grammar: GrammarWalk | None = None
     num_computed_tokens: int = 0
     output_token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     cumulative_logprob: float = 0.0
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Of its full blocks; grown and read by the KV cache."""
 
     @property
     def params(self) -> SamplingParams:
@@ -55,8 +63,17 @@ class Sequence:
         """Prompt and answer so far."""
         return len(self.request.prompt.token_ids) + len(self.output_token_ids)
 
+    @property
+    def is_decoding(self) -> bool:
+        """All tokens but the newest are computed, and that is one of the answer."""
+        return bool(self.output_token_ids) and self.num_computed_tokens == self.num_tokens - 1
+
     def tokens(self, start: int, stop: int) -> list[int]:
         """Tokens [start, stop) of prompt and answer."""
         prompt = self.request.prompt.token_ids
         inside_prompt = list(prompt[start:stop])
         return inside_prompt + self.output_token_ids[max(start - len(prompt), 0) : max(stop - len(prompt), 0)]
+
+    def images_needed(self, start: int) -> list[ImageSpan]:
+        """Images with a position at `start` or later, in order."""
+        return [span for span in self.image_spans if span.stop > start]

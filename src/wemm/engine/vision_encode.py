@@ -1,8 +1,8 @@
-"""Images of a step → packed patches → visual embeddings."""
+"""Images of any sizes → the packed patches of one vision-tower call."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -13,18 +13,6 @@ from wemm.model.batch import ImageBatch
 from wemm.processing.image_processor import ProcessedImage, normalize_pixels, patchify, position_ids
 
 
-def group_images(images: Sequence[ProcessedImage], max_patches: int) -> Iterator[list[ProcessedImage]]:
-    """Neighbours that go through the tower together: `max_patches` at most, or one larger image alone."""
-    group: list[ProcessedImage] = []
-    for image in images:
-        if group and sum(i.plan.num_patches for i in group) + image.plan.num_patches > max_patches:
-            yield group
-            group = []
-        group.append(image)
-    if group:
-        yield group
-
-
 def image_batch(
     images: Sequence[ProcessedImage], config: VisionConfig, dtype: torch.dtype, device: torch.device
 ) -> ImageBatch:
@@ -32,6 +20,7 @@ def image_batch(
     patches = [
         patchify(normalize_pixels(image.pixels.to(device), config.patch_size), config.patch_size).to(dtype)
         for image in images
+        if image.pixels is not None
     ]
     ids = [position_ids(image.plan.patch_grid, config.position_grid) for image in images]
     bounds = [0, *accumulate(image.plan.num_patches for image in images)]

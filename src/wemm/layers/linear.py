@@ -28,15 +28,42 @@ class Linear(nn.Module):
 class ColumnParallelLinear(nn.Module):
     """Every rank computes its share of the outputs; `gather` puts them side by side."""
 
-    shard_dims: ClassVar[Mapping[str, int]] = {"weight": 0}
+    shard_dims: ClassVar[Mapping[str, int]] = {"weight": 0, "bias": 0}
 
-    def __init__(self, in_size: int, out_size: int, tensor_parallel: TensorParallel, gather: bool) -> None:
+    def __init__(
+        self,
+        in_size: int,
+        out_size: int,
+        tensor_parallel: TensorParallel,
+        gather: bool = False,
+        bias: bool = False,
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(tensor_parallel.length(out_size), in_size))
+        length = tensor_parallel.length(out_size)
+        self.weight = nn.Parameter(torch.empty(length, in_size))
+        self.bias = nn.Parameter(torch.empty(length)) if bias else None
         self._tensor_parallel = tensor_parallel
         self._gather = gather
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, in] → [num_tokens, out / ranks], or [num_tokens, out] if gathered."""
-        y = linear(x, self.weight)
+        y = linear(x, self.weight, self.bias)
         return self._tensor_parallel.all_gather(y) if self._gather else y
+
+
+class RowParallelLinear(nn.Module):
+    """Every rank takes its share of the inputs; the results are summed over ranks, then the bias is added."""
+
+    shard_dims: ClassVar[Mapping[str, int]] = {"weight": 1}
+
+    def __init__(self, in_size: int, out_size: int, tensor_parallel: TensorParallel) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_size, tensor_parallel.length(in_size)))
+        self.bias = nn.Parameter(torch.empty(out_size))
+        self._tensor_parallel = tensor_parallel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, in / ranks] → [num_tokens, out]."""
+        if self._tensor_parallel.size == 1:
+            return linear(x, self.weight, self.bias)
+        return self._tensor_parallel.all_reduce(linear(x, self.weight)) + self.bias

@@ -49,13 +49,17 @@ class Attention(nn.Module):
         query = rotary_embedding(qkv[:, :, : self._group].flatten(1, 2), cos, sin)
         key = rotary_embedding(qkv[:, :, self._group], cos, sin)
         store_kv(key, qkv[:, :, self._group + 1], kv_cache[0], kv_cache[1], batch.slot_mapping)
-        paged = (query, kv_cache[0], kv_cache[1], batch.block_tables)
-        scale = self._head_dim**-0.5
+        return self.wo(self._attend(query, batch, kv_cache).flatten(1), batch.image_rows)
+
+    def _attend(self, query: torch.Tensor, batch: Batch, kv_cache: torch.Tensor) -> torch.Tensor:
+        keys, values, tables, seq_lens = kv_cache[0], kv_cache[1], batch.block_tables, batch.seq_lens
+        n, scale, parts = batch.num_decodes, self._head_dim**-0.5, []
+        if n:
+            parts.append(decode_attention(query[:n], keys, values, tables[:n], seq_lens[:n], scale))
         if batch.cu_seqlens_q is not None:
-            y = prefill_attention(*paged, batch.cu_seqlens_q, batch.seq_lens, scale)
-        else:
-            y = decode_attention(*paged, batch.seq_lens, scale)
-        return self.wo(y.flatten(1), batch.image_rows)
+            chunks = tables[n:], batch.cu_seqlens_q, seq_lens[n:]
+            parts.append(prefill_attention(query[n:], keys, values, *chunks, scale))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class FeedForward(nn.Module):

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from wemm.config import VisionConfig
+from wemm.distributed import SINGLE, TensorParallel
 from wemm.layers.embedding import Embedding
-from wemm.layers.linear import Linear
+from wemm.layers.linear import ColumnParallelLinear, RowParallelLinear
 from wemm.layers.norm import LayerNorm
 from wemm.model.batch import ImageBatch
 from wemm.ops.linear import linear
@@ -43,15 +44,16 @@ class VisionEmbeddings(nn.Module):
 
 
 class VisionAttention(nn.Module):
-    """Full attention within each image."""
+    """Full attention within each image, ranks sharing the heads."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, tensor_parallel: TensorParallel) -> None:
         super().__init__()
-        self._num_heads, self._head_dim = config.num_attention_heads, config.head_dim
-        self.q_proj = Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = Linear(config.hidden_size, config.hidden_size)
-        self.out_proj = Linear(config.hidden_size, config.hidden_size)
+        self._num_heads = tensor_parallel.length(config.num_attention_heads)
+        self._head_dim, hidden = config.head_dim, config.hidden_size
+        self.q_proj = ColumnParallelLinear(hidden, hidden, tensor_parallel, bias=True)
+        self.k_proj = ColumnParallelLinear(hidden, hidden, tensor_parallel, bias=True)
+        self.v_proj = ColumnParallelLinear(hidden, hidden, tensor_parallel, bias=True)
+        self.out_proj = RowParallelLinear(hidden, hidden, tensor_parallel)
 
     def forward(self, x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """[num_patches, hidden_size] → same."""
@@ -64,10 +66,10 @@ class VisionAttention(nn.Module):
 class VisionMLP(nn.Module):
     """fc2(gelu_tanh(fc1 x))."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, tensor_parallel: TensorParallel) -> None:
         super().__init__()
-        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = ColumnParallelLinear(config.hidden_size, config.intermediate_size, tensor_parallel, bias=True)
+        self.fc2 = RowParallelLinear(config.intermediate_size, config.hidden_size, tensor_parallel)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[num_patches, hidden_size] → same."""
@@ -75,14 +77,14 @@ class VisionMLP(nn.Module):
 
 
 class VisionLayer(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block. Where ranks cannot share it evenly, each computes it whole."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, tensor_parallel: TensorParallel) -> None:
         super().__init__()
         self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.self_attn = VisionAttention(config)
+        self.self_attn = VisionAttention(config, tensor_parallel.if_divides(config.num_attention_heads))
         self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.mlp = VisionMLP(config)
+        self.mlp = VisionMLP(config, tensor_parallel.if_divides(config.intermediate_size))
 
     def forward(self, x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """[num_patches, hidden_size] → same."""
@@ -93,13 +95,13 @@ class VisionLayer(nn.Module):
 class VisionEncoder(nn.Module):
     """All layers."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, tensor_parallel: TensorParallel) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(VisionLayer(config, tensor_parallel) for _ in range(config.num_hidden_layers))
 
-    def forward(self, x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-        """[num_patches, hidden_size] → same."""
-        for layer in self.layers:
+    def forward(self, x: torch.Tensor, cu_seqlens: torch.Tensor, layers: slice = slice(None)) -> torch.Tensor:
+        """[num_patches, hidden_size] → same, through some of the layers."""
+        for layer in self.layers[layers]:
             x = layer(x, cu_seqlens)
         return x
 
@@ -107,13 +109,16 @@ class VisionEncoder(nn.Module):
 class VisionTower(nn.Module):
     """Patches → features; every patch of every layer's end is used, nothing is pooled."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, tensor_parallel: TensorParallel = SINGLE) -> None:
         super().__init__()
         self.embeddings = VisionEmbeddings(config)
-        self.encoder = VisionEncoder(config)
+        self.encoder = VisionEncoder(config, tensor_parallel)
         self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, images: ImageBatch) -> torch.Tensor:
-        """→ [num_patches, hidden_size], packed as the patches are."""
+        """→ [num_patches, hidden_size], packed as the patches are.
+
+        The engine runs the three parts itself, the encoder a few layers per step.
+        """
         x = self.embeddings(images.patches, images.position_ids)
         return self.post_layernorm(self.encoder(x, images.cu_seqlens))

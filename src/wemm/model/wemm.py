@@ -24,7 +24,9 @@ class WemmModel(nn.Module):
     ) -> None:
         super().__init__()
         self._kernel_size = config.downsampler.kernel_size
-        self.vision_tower = VisionTower(config.vision)
+        self._text = config.text
+        self._tensor_parallel = tensor_parallel
+        self.vision_tower = VisionTower(config.vision, tensor_parallel)
         self.downsampler = Downsampler(config.downsampler)
         self.separator_embedding = Embedding(config.num_separators, config.text.hidden_size)
         self.language_model = InternLM2(config.text, plora, tensor_parallel)
@@ -57,6 +59,12 @@ class WemmModel(nn.Module):
         embeds = self.embed(batch.input_ids, batch.visual_embeds, batch.image_rows)
         hidden: torch.Tensor = self.language_model(embeds, batch, kv_cache)
         return hidden
+
+    def kv_cache_shape(self, num_blocks: int, block_size: int) -> tuple[int, ...]:
+        """Of the `kv_cache` that `forward` takes, on this rank."""
+        text = self._text
+        num_kv_heads = self._tensor_parallel.length(text.num_key_value_heads)
+        return text.num_hidden_layers, 2, num_blocks, block_size, num_kv_heads, text.head_dim
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[num_seqs, hidden_size] → float32 [num_seqs, vocab_size]."""

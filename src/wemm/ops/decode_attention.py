@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from wemm.ops.registry import Inputs, op
 
 _BLOCK_SIZE = 16
+_SEQS_PER_CALL = 16
 
 
 def _cases(inputs: Inputs) -> Mapping[str, tuple[Any, ...]]:
@@ -28,7 +29,12 @@ def _cases(inputs: Inputs) -> Mapping[str, tuple[Any, ...]]:
             128**-0.5,
         )
 
-    return {"one sequence": case(300), "mixed lengths": case(1, 17, 160), "no grouping": case(5, 33, group=1)}
+    return {
+        "one sequence": case(300),
+        "mixed lengths": case(1, 17, 160),
+        "many": case(*range(1, 40)),
+        "no grouping": case(5, 33, group=1),
+    }
 
 
 @op(_cases)
@@ -45,15 +51,21 @@ def decode_attention(
     query: [num_seqs, num_heads, head_dim], caches: [num_blocks, block_size, num_kv_heads, head_dim],
     block_tables: int32 [num_seqs, max_blocks], seq_lens: int32 [num_seqs] → like query.
     """
-    num_kv_heads, head_dim = key_cache.shape[2:]
+    block_size, num_kv_heads = key_cache.shape[1:3]
     outputs = []
-    for i, seq_len in enumerate(seq_lens.tolist()):
-        blocks = block_tables[i, : -(-seq_len // key_cache.shape[1])].long()
+    for first in range(0, len(seq_lens), _SEQS_PER_CALL):  # padding is bounded
+        part = slice(first, first + _SEQS_PER_CALL)
+        lengths = seq_lens[part]
+        longest = int(lengths.max())
+        visible = torch.arange(longest, device=query.device) < lengths.unsqueeze(1)  # [num_seqs, longest]
+        blocks = block_tables[part, : -(-longest // block_size)].long()
+        # What lies behind the end of a sequence may be NaN, which no mask makes harmless.
         k, v = (
-            cache[blocks].view(-1, num_kv_heads, head_dim)[:seq_len].transpose(0, 1).unsqueeze(0)
+            cache[blocks].flatten(1, 2)[:, :longest].masked_fill(~visible[:, :, None, None], 0).transpose(1, 2)
             for cache in (key_cache, value_cache)
-        )  # [1, num_kv_heads, seq_len, head_dim]
+        )  # [num_seqs, num_kv_heads, longest, head_dim]
         # The query heads of a group attend to the same keys: they are the queries of one KV head.
-        q = query[i].view(1, num_kv_heads, -1, head_dim)
-        outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scale).view(-1, head_dim))
-    return torch.stack(outputs)
+        q = query[part].unflatten(1, (num_kv_heads, -1))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None, None], scale=scale)
+        outputs.append(y.flatten(1, 2))
+    return torch.cat(outputs)

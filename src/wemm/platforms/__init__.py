@@ -12,12 +12,17 @@ from wemm.platforms.cuda import CudaPlatform
 _PLATFORMS: dict[str, type[Platform]] = {"cpu": CpuPlatform, "cuda": CudaPlatform}
 
 
-def resolve_platform(device: str) -> Platform:
-    """The platform of a device name; "auto" is CUDA if present, else the CPU. Raises DeviceError."""
+def resolve_platform(device: str, rank: int | None = None) -> Platform:
+    """The platform of a device name; "auto" is CUDA if present, else the CPU. Raises DeviceError.
+
+    With a tensor-parallel rank, a device type without a number means the device of that number.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         resolved = torch.device(device)
+        if rank is not None and resolved.type != "cpu" and resolved.index is None:
+            resolved = torch.device(resolved.type, rank)
         torch.empty(1, device=resolved)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]

@@ -8,6 +8,11 @@ import torch
 class Platform:
     """A device without facts of its own: everything runs, by the definitions."""
 
+    collective_backend = "gloo"
+    """Of torch.distributed, for tensors of this device."""
+    ranks_share_memory = False
+    """True if what one tensor-parallel rank takes is missing for the others."""
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
@@ -18,6 +23,10 @@ class Platform:
     def preferred_dtype(self, checkpoint_dtype: str) -> str:
         """The dtype that "auto" means here."""
         return checkpoint_dtype
+
+    def max_num_batched_patches(self) -> int:
+        """Vision work of one step that running decodes can wait for."""
+        return 4096
 
     def synchronize(self) -> None:
         """Wait until everything queued is done, so that clocks tell the truth."""

@@ -13,6 +13,8 @@ _CGROUP = Path("/sys/fs/cgroup")
 class CpuPlatform(Platform):
     """Main memory, bounded by the container if there is one."""
 
+    ranks_share_memory = True
+
     def available_memory(self) -> int | None:
         """Bytes that can be allocated without swapping."""
         limits = [limit for limit in (_meminfo(), _cgroup()) if limit is not None]
@@ -23,6 +25,10 @@ class CpuPlatform(Platform):
     def preferred_dtype(self, checkpoint_dtype: str) -> str:
         """bfloat16 for float16: CPUs multiply it natively or convert it by a shift."""
         return "bfloat16" if checkpoint_dtype == "float16" else checkpoint_dtype
+
+    def max_num_batched_patches(self) -> int:
+        """A CPU is some ten times slower than what the base assumes."""
+        return 512
 
 
 def _meminfo() -> int | None:

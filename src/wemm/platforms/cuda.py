@@ -10,6 +10,8 @@ from wemm.platforms.base import Platform
 class CudaPlatform(Platform):
     """One CUDA device."""
 
+    collective_backend = "nccl"
+
     def available_memory(self) -> int | None:
         """Bytes the driver has free."""
         return torch.cuda.mem_get_info(self.device)[0]

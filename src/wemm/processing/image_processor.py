@@ -43,7 +43,7 @@ class ImagePlan:
 class ProcessedImage:
     """A resized image, ready for the vision tower."""
 
-    pixels: torch.Tensor  # uint8 [height, width, 3]
+    pixels: torch.Tensor | None  # uint8 [height, width, 3]; None where only size and hash matter
     plan: ImagePlan
     sha256: str
     """Of the resized pixels and their shape: equal hashes mean equal embeddings."""

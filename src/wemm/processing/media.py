@@ -7,6 +7,7 @@ import binascii
 import io
 import re
 import stat
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,38 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation → what makes the picture upright."""
+_LOADING = threading.Lock()
+"""The caller's own image objects read their files when first used, which two threads must not do at once."""
+
+
+class _Quiet:
+    """Pillow warns about much that is harmless here: sizes within our own limit, damaged EXIF.
+
+    Filters of warnings belong to the whole process: the first of several threads that open images changes them,
+    the last one changes them back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_threads = 0
+        self._filters = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._num_threads:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.simplefilter("ignore")
+            self._num_threads += 1
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._num_threads -= 1
+            if not self._num_threads:
+                self._filters.__exit__(None, None, None)
+
+
+_QUIET = _Quiet()
 
 
 def open_image(source: Any, reference_image_mode: bool = False) -> Image.Image:
@@ -44,13 +77,17 @@ def open_image(source: Any, reference_image_mode: bool = False) -> Image.Image:
     transparency composited on white, unless `reference_image_mode` asks for the original's
     behaviour (both ignored, 16-bit samples clipped). Raises MediaError.
     """
-    # Pillow warns about much that is harmless here (sizes within our own limit, damaged EXIF).
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        image = source if isinstance(source, Image.Image) else _decode(*_read(source))
-        _check_size("image", image)
-        with _decoding("image cannot be converted to RGB"):
-            return image.convert("RGB") if reference_image_mode else _to_rgb(_upright(image))
+    with _QUIET:
+        if isinstance(source, Image.Image):
+            with _LOADING:
+                return _convert(source, reference_image_mode)
+        return _convert(_decode(*_read(source)), reference_image_mode)
+
+
+def _convert(image: Image.Image, reference_image_mode: bool) -> Image.Image:
+    _check_size("image", image)
+    with _decoding("image cannot be converted to RGB"):
+        return image.convert("RGB") if reference_image_mode else _to_rgb(_upright(image))
 
 
 @contextmanager

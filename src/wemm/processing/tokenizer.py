@@ -113,6 +113,11 @@ class Tokenizer:
         """The byte of a byte-fallback token."""
         return self._byte_of.get(token_id)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to an answer; empty outside the vocabulary."""
+        byte = self.byte_of(token_id)
+        return self.piece_text(token_id).encode() if byte is None else bytes([byte])
+
     def piece_text(self, token_id: int) -> str:
         """The text of a token that is not a byte token; empty outside the vocabulary."""
         if token_id in self._control_names:

@@ -1,0 +1,76 @@
+"""Requests per second with everything in the batch, against the same requests one after another."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from wemm.benchmark.report import bars, print_table
+from wemm.benchmark.workload import Workload
+from wemm.config import EngineConfig
+from wemm.engine.llm import LLM
+from wemm.progress import terminal_bar
+from wemm.request import SamplingParams
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """One way of asking all questions."""
+
+    seconds: float
+    requests_per_s: float
+    prompt_tokens_per_s: float
+    output_tokens_per_s: float
+    num_tower_calls: int
+    num_computed_tokens: int
+
+
+def run(engine: EngineConfig, workload: Workload, output_len: int, compare: bool, plot: Path | None) -> None:
+    """Measure and print one table, then one JSON line."""
+    conversations = workload.conversations()
+    params = SamplingParams(max_tokens=output_len, ignore_eos=True, repetition_guard=False)
+    results = {"together": _measure(engine, conversations, params, at_once=True)}
+    if compare:
+        results["one by one"] = _measure(engine, conversations, params, at_once=False)
+    columns = ("s", "requests/s", "prompt tokens/s", "output tokens/s", "tower calls", "computed tokens")
+    title = f"{workload.num_requests} requests, {engine.model}, {output_len} tokens each"
+    print_table(title, ("", *columns), [(name, *asdict(result).values()) for name, result in results.items()])
+    line: dict[str, Any] = {"workload": asdict(workload), "output_len": output_len}
+    line["results"] = {name: asdict(result) for name, result in results.items()}
+    if compare:
+        line["speed_up"] = results["one by one"].seconds / results["together"].seconds
+        print(f"together {line['speed_up']:.1f} times as fast as one by one")
+    if plot is not None:
+        bars(plot, "requests per second", {name: result.requests_per_s for name, result in results.items()})
+    print(json.dumps(line))
+
+
+def _measure(engine: EngineConfig, conversations: list[Any], params: SamplingParams, at_once: bool) -> Throughput:
+    """On a fresh engine: what one run has cached must not help the other."""
+    with LLM(progress=terminal_bar, **vars(engine)) as llm:
+        llm.chat([{"role": "user", "content": "warm up"}], SamplingParams(max_tokens=2, ignore_eos=True))
+        before = llm.stats
+        started = time.perf_counter()
+        if at_once:
+            outputs = llm.chat(conversations, params, progress=terminal_bar)
+        else:
+            with terminal_bar("one by one", len(conversations), "answers") as advance:
+                outputs = []
+                for conversation in conversations:
+                    outputs += llm.chat(conversation, params)
+                    advance(1)
+        seconds = time.perf_counter() - started
+        stats = llm.stats
+    prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)
+    output_tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+    return Throughput(
+        seconds=seconds,
+        requests_per_s=len(outputs) / seconds,
+        prompt_tokens_per_s=prompt_tokens / seconds,
+        output_tokens_per_s=output_tokens / seconds,
+        num_tower_calls=stats.num_tower_calls - before.num_tower_calls,
+        num_computed_tokens=stats.num_computed_tokens - before.num_computed_tokens,
+    )

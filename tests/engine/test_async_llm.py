@@ -1,0 +1,141 @@
+"""The servers' door: many callers at once, deltas, cancellation, and an end that everybody hears of."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from wemm import AsyncLLM, SamplingParams
+from wemm.errors import EngineError, IntegrityError, ParameterError, PromptError, RequestTimeoutError
+
+MODEL = dict(dtype="float32", device="cpu", max_model_len=400)
+PARAMS = SamplingParams(max_tokens=20, ignore_eos=True, logprobs=2)
+
+
+async def _collect(stream):
+    return [output async for output in stream]
+
+
+def _joined(outputs, index=0):
+    """Text, ids and log probabilities of all deltas together."""
+    answers = [output.outputs[index] for output in outputs]
+    logprobs = [entry for answer in answers for entry in answer.logprobs or ()]
+    return "".join(a.text for a in answers), [i for a in answers for i in a.token_ids], logprobs
+
+
+async def _idle(llm):
+    """Wait until aborts have reached the engine; then nothing may be held."""
+    for _ in range(200):
+        if llm._open.engine.num_unfinished == 0 and llm._orders.empty():
+            break
+        await asyncio.sleep(0.01)
+    llm._open.engine.check_integrity()
+    assert llm._open.engine.num_unfinished == 0
+
+
+def test_callers_side_by_side_get_what_each_gets_alone(llm, ask, golden_images):
+    conversations = [ask("hi"), ask("?", golden_images / "33x21.png"), ask("Why is the ocean blue?")] * 3
+    expected = [llm.chat(conversation, PARAMS)[0].outputs[0] for conversation in conversations]
+
+    async def run():
+        async with AsyncLLM("tiny", **MODEL) as engine:
+            streams = await asyncio.gather(*(_collect(engine.chat(c, PARAMS)) for c in conversations))
+            await _idle(engine)
+        return streams
+
+    for outputs, answer in zip(asyncio.run(run()), expected, strict=True):
+        assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+        text, ids, logprobs = _joined(outputs)
+        assert (text, tuple(ids)) == (answer.text, answer.token_ids)
+        assert [list(entry) for entry in logprobs] == [list(entry) for entry in answer.logprobs]
+
+
+def test_a_slow_caller_misses_nothing(llm, ask):
+    params = replace(PARAMS, n=2, temperature=1.0, seed=1)
+    [whole] = llm.chat(ask("hi"), params)
+
+    async def run():
+        outputs = []
+        async with AsyncLLM("tiny", **MODEL) as engine:
+            async for output in engine.chat(ask("hi"), params):
+                outputs.append(output)
+                await asyncio.sleep(0.02)
+        return outputs
+
+    outputs = asyncio.run(run())
+    for index in range(2):
+        assert tuple(_joined(outputs, index)[1]) == whole.outputs[index].token_ids
+
+
+def test_leaving_and_cancelling_abort_and_free_everything(ask):
+    async def run():
+        async with AsyncLLM("tiny", **MODEL) as engine:
+            stream = engine.chat(ask("hi"), replace(PARAMS, max_tokens=300))
+            await anext(stream)
+            await stream.aclose()
+            await _idle(engine)
+            task = asyncio.create_task(_collect(engine.chat(ask("hi"), replace(PARAMS, max_tokens=300))))
+            await asyncio.sleep(0.05)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await _idle(engine)
+            assert len(_joined(await _collect(engine.generate([5, 6, 7], PARAMS)))[1]) == 20
+
+    asyncio.run(run())
+
+
+def test_mistakes_are_the_callers_alone(ask):
+    async def run():
+        async with AsyncLLM("tiny", **MODEL) as engine:
+            good = asyncio.create_task(_collect(engine.chat(ask("hi"), PARAMS)))
+            with pytest.raises(PromptError):
+                await _collect(engine.chat([{"role": "pope", "content": "x"}], PARAMS))
+            with pytest.raises(ParameterError, match="timeout must be seconds above 0. Given: -1"):
+                await _collect(engine.chat(ask("hi"), PARAMS, timeout=-1))
+            with pytest.raises(ParameterError, match="priority must be an integer"):
+                await _collect(engine.chat(ask("hi"), PARAMS, priority=0.5))
+            with pytest.raises(RequestTimeoutError):
+                await _collect(engine.chat(ask("hi"), replace(PARAMS, max_tokens=350), timeout=1e-4))
+            assert len(_joined(await good)[1]) == 20
+            await _idle(engine)
+
+    asyncio.run(run())
+
+
+def test_when_the_engine_ends_everybody_hears_of_it(ask, monkeypatch):
+    async def run():
+        async with AsyncLLM("tiny", **MODEL) as engine:
+            streams = [engine.chat(ask(text), replace(PARAMS, max_tokens=300)) for text in "ab"]
+            for stream in streams:
+                await anext(stream)
+
+            def broken():
+                raise IntegrityError("blocks are lost")
+
+            monkeypatch.setattr(engine._open.engine, "step", broken)
+            for stream in streams:
+                with pytest.raises(IntegrityError, match="blocks are lost"):
+                    await _collect(stream)
+            with pytest.raises(IntegrityError, match="blocks are lost"):
+                engine.chat(ask("hi"), PARAMS)
+
+    asyncio.run(run())
+
+
+def test_closing_ends_what_is_under_way(ask):
+    async def run():
+        engine = AsyncLLM("tiny", **MODEL)
+        stream = engine.chat(ask("hi"), replace(PARAMS, max_tokens=300))
+        await anext(stream)
+        await engine.close()
+        with pytest.raises(EngineError, match="closed"):
+            await _collect(stream)
+        with pytest.raises(EngineError, match="closed"):
+            engine.chat(ask("hi"))
+        await engine.close()
+        assert not engine._thread.is_alive()
+
+    asyncio.run(run())

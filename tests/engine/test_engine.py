@@ -1,0 +1,317 @@
+"""The engine: whatever is computed beside a request, cached, guessed, cut or given up, its answer is the same.
+
+The oracle is one request at a time on an engine without caches and guesses.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from PIL import Image
+
+from wemm import LLM, SamplingParams
+from wemm.errors import RequestTimeoutError, StepError
+
+MODEL = dict(dtype="float32", device="cpu", max_model_len=400)
+PLAIN = dict(enable_prefix_caching=False, image_cache_memory=0, num_speculative_tokens=0)
+COLOURS = ("red", "green", "blue", "white")
+TEXTS = ("hi", "What is written here? What is written here? What is", "有几个？", "a b c a b c a b c a b", "Why?")
+
+
+def _image(index):
+    return Image.new("RGB", (20 + 37 * (index % 3), 30 + 11 * (index % 4)), COLOURS[index % 4])
+
+
+def _conversation(rng):
+    """Text with no, one or two images; few different ones, so that caches have something to find."""
+    parts = [{"type": "text", "text": rng.choice(TEXTS)}]
+    for _ in range(rng.choice((0, 1, 1, 2))):
+        parts.insert(rng.randrange(len(parts) + 1), {"type": "image", "image": _image(rng.randrange(6))})
+    return [{"role": "user", "content": parts}]
+
+
+def _params(rng):
+    options = rng.choice((
+        {}, {}, {"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9, "top_k": 50},
+        {"repetition_penalty": 1.3}, {"n": 2, "temperature": 1.0}, {"logit_bias": {5: 3.0}, "min_tokens": 4},
+    ))  # fmt: skip
+    return SamplingParams(
+        max_tokens=rng.randrange(4, 14), seed=rng.randrange(2**40), ignore_eos=rng.random() < 0.8, **options
+    )
+
+
+def _workload(count, seed):
+    rng = random.Random(seed)
+    return [(_conversation(rng), _params(rng)) for _ in range(count)]
+
+
+def _ids(output):
+    return [answer.token_ids for answer in output.outputs]
+
+
+def _request(llm, messages, params, **order):
+    return llm._intake.submit(messages, llm._open.processor.chat, params, **order).result()
+
+
+def _arriving(llm, work, seed):
+    """All requests, each added at a random step; integrity is checked after every step."""
+    engine, rng = llm._open.engine, random.Random(seed)
+    requests = [_request(llm, messages, params, priority=rng.randrange(3)) for messages, params in work]
+    order = list(range(len(requests)))
+    rng.shuffle(order)
+    final = {}
+    while order or engine.num_unfinished:
+        while order and rng.random() < 0.6:
+            engine.add_request(requests[order.pop()])
+        for output in engine.step():
+            final[output.request_id] = output
+        engine.check_integrity()
+    assert not any(output.error for output in final.values())
+    return [_ids(final[request.request_id]) for request in requests]
+
+
+@pytest.fixture(scope="module")
+def work():
+    return _workload(64, seed=1)
+
+
+@pytest.fixture(scope="module")
+def alone(work):
+    """What each answers alone."""
+    with LLM("tiny", **MODEL, **PLAIN) as llm:
+        return [_ids(llm.chat(messages, params)[0]) for messages, params in work]
+
+
+TINY_POOL = {"kv_cache_memory": 400 * 2 * 3 * 8 * 8 * 4}  # of one sequence of max_model_len
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        PLAIN,
+        {"max_num_seqs": 5, "max_num_batched_tokens": 23},
+        {"max_num_batched_patches": 40},
+        {"enable_prefix_caching": False},
+        {"image_cache_memory": 0},
+        {"num_speculative_tokens": 0},
+        {"block_size": 3, "max_num_batched_tokens": 50},
+        TINY_POOL,
+        {**TINY_POOL, **PLAIN},
+    ],
+    ids=lambda options: " ".join(f"{k}={v}" for k, v in options.items()) or "default",
+)
+def test_64_requests_arriving_at_random_answer_as_each_alone(options, work, alone):
+    with LLM("tiny", **MODEL, **options) as llm:
+        assert _arriving(llm, work, seed=3) == alone
+        stats = llm.stats
+    assert (stats.num_preemptions > 0) == ("kv_cache_memory" in options)
+    if not options:
+        assert stats.num_prefix_cached_tokens > 0
+        assert stats.num_encoded_images <= 6 < stats.num_image_queries
+        assert 0 < stats.num_accepted_tokens <= stats.num_draft_tokens
+
+
+def test_every_chunk_size_gives_the_same_answer(ask):
+    """1 … the whole prompt: an image is cut at every one of its rows."""
+    messages = ask("ab", _image(1))
+    params = SamplingParams(max_tokens=3, ignore_eos=True, logprobs=1)
+    with LLM("tiny", **MODEL, **PLAIN) as llm:
+        [whole] = llm.chat(messages, params)
+        length = len(whole.prompt_token_ids)
+        for size in [*range(1, length, 4), length]:
+            limits = llm._open.engine._scheduler._limits
+            llm._open.engine._scheduler._limits = replace(limits, max_num_batched_tokens=size)
+            [chunked] = llm.chat(messages, params)
+            assert _ids(chunked) == _ids(whole), size
+            expected = pytest.approx(whole.outputs[0].cumulative_logprob, abs=1e-3)
+            assert chunked.outputs[0].cumulative_logprob == expected
+
+
+def test_twenty_questions_about_one_image_cost_one_encoding_and_one_prefill(ask):
+    """But for the tail of the image that does not fill a block: at most 15 tokens per question."""
+    image = Image.new("RGB", (200, 150), "red")
+    questions = [ask(f"Question {i}?", image) for i in range(20)]
+    with LLM("tiny", **MODEL) as llm:
+        outputs = llm.chat(questions, SamplingParams(max_tokens=2))
+        stats, num_image_tokens = llm.stats, outputs[0].num_image_tokens
+    assert (stats.num_tower_calls, stats.num_encoded_images, stats.num_image_queries) == (1, 1, 20)
+    assert num_image_tokens <= stats.num_computed_image_tokens <= num_image_tokens + 19 * 15
+
+
+def test_n_answers_share_their_prompt(ask):
+    messages = ask("Why is the ocean blue? " * 4)
+    with LLM("tiny", **MODEL, enable_prefix_caching=False) as llm:
+        [output] = llm.chat(messages, SamplingParams(n=4, max_tokens=2, temperature=1.0, ignore_eos=True))
+        length = len(output.prompt_token_ids)
+        assert llm.stats.num_prefix_cached_tokens == 3 * ((length - 1) // 16 * 16)
+        llm.chat(messages, SamplingParams(max_tokens=1))  # another request, no caching between requests
+        assert llm.stats.num_prefix_cached_tokens == 3 * ((length - 1) // 16 * 16)
+
+
+def test_a_repeating_answer_takes_fewer_steps_than_tokens(ask):
+    """And is token for token what it is without guesses, log probabilities included."""
+    params = SamplingParams(max_tokens=60, ignore_eos=True, logprobs=2, logit_bias={5: 100})
+    sampled = SamplingParams(
+        max_tokens=60, ignore_eos=True, temperature=1.5, top_k=3, logit_bias={5: 30, 6: 30, 7: 30}
+    )
+    for p in (params, sampled):
+        with LLM("tiny", **MODEL, **PLAIN) as llm:
+            [plain] = llm.chat(ask("hi"), replace(p, seed=1))
+            plain_steps = llm.stats.num_steps
+        with LLM("tiny", **MODEL) as llm:
+            [guessed] = llm.chat(ask("hi"), replace(p, seed=1))
+            stats = llm.stats
+        assert _ids(guessed) == _ids(plain)
+        if p is params:
+            assert stats.num_steps < plain_steps / 3
+            for a, b in zip(guessed.outputs[0].logprobs, plain.outputs[0].logprobs, strict=True):
+                assert list(a) == list(b)
+    assert stats.num_draft_tokens > 0
+
+
+def test_a_request_out_of_time_is_given_up_and_the_others_go_on(llm, ask):
+    engine = llm._open.engine
+    late = _request(llm, ask("late"), SamplingParams(max_tokens=50, ignore_eos=True), timeout=0.01)
+    other = _request(llm, ask("other"), SamplingParams(max_tokens=5, ignore_eos=True))
+    engine.add_request(late)
+    engine.add_request(other)
+    time.sleep(0.02)
+    final = {}
+    while engine.num_unfinished:
+        final |= {output.request_id: output for output in engine.step()}
+    assert isinstance(final[late.request_id].error, RequestTimeoutError)
+    assert str(final[late.request_id].error) == "no complete answer within 0.01 s"
+    assert len(final[other.request_id].outputs[0].token_ids) == 5
+    with pytest.raises(RequestTimeoutError):
+        llm.chat(ask("hi"), SamplingParams(max_tokens=500, ignore_eos=True), timeout=1e-4)
+    assert llm.chat(ask("hi"), SamplingParams(max_tokens=1), timeout=60)[0].finished
+
+
+@pytest.mark.parametrize("stage", ["encode", "forward"])
+def test_a_step_that_raises_fails_its_requests_and_the_engine_goes_on(ask, stage, monkeypatch):
+    """Whatever it raises: a request beside the failing step, and the next one, are answered."""
+    params = SamplingParams(max_tokens=3, ignore_eos=True)
+    with LLM("tiny", **MODEL) as llm:
+        expected = _ids(llm.chat(ask("hi"), params)[0])
+        engine, runner = llm._open.engine, llm._open.engine._runner
+
+        def fail(argument):
+            raise RuntimeError("no memory")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(runner, stage, fail)
+            engine.add_request(_request(llm, ask("?", _image(0)), params))
+            [output] = next(filter(None, iter(engine.step, None)))
+            assert isinstance(output.error, StepError)
+            assert "failed: RuntimeError('no memory')" in str(output.error)
+            assert output.finished
+        assert engine.num_unfinished == 0
+        engine.check_integrity()
+        assert _ids(llm.chat(ask("hi"), params)[0]) == expected
+        assert llm.chat(ask("?", _image(0)), params)[0].finished
+
+
+@pytest.mark.slow
+def test_ten_thousand_images_leave_nothing_behind(capsys):
+    """Distinct small images through both caches: no block is lost, and memory stays where it was."""
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    def ask(i):
+        image = Image.new("RGB", (24, 18), (i % 256, i // 256 % 256, 99))
+        image.putpixel((0, 0), (i // 65536, 1, 2))
+        return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "?"}]}]
+
+    samples = []
+    with LLM("nano", **MODEL, image_cache_memory=2**20) as llm:
+        for start in range(0, 10_000, 500):
+            outputs = llm.chat([ask(i) for i in range(start, start + 500)], SamplingParams(max_tokens=1))
+            assert not any(output.error for output in outputs)
+            llm._open.engine.check_integrity()
+            samples.append(resident())
+        assert llm.stats.num_free_blocks == llm.stats.num_blocks
+        assert llm.stats.num_encoded_images == 10_000
+        assert llm.stats.image_cache_bytes <= 2**20
+    settled = samples[len(samples) // 2 :]
+    slope = np.polyfit(range(len(settled)), settled, 1)[0] * 2  # MiB per 1000 requests
+    with capsys.disabled():
+        print(
+            f"\nresident MiB every 500 requests: {[round(s) for s in samples]}; "
+            f"at the end {slope:+.2f} MiB per 1000"
+        )
+    assert abs(slope) < 1
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Requests added, aborted and computed in any order on a small engine; then all finish as alone."""
+
+    WORK = _workload(12, seed=5)
+
+    def __init__(self):
+        super().__init__()
+        self.llm = LLM(
+            "tiny", **MODEL, max_num_seqs=4, max_num_batched_tokens=30,
+            max_num_batched_patches=60, image_cache_memory=20_000, **TINY_POOL,
+        )  # fmt: skip
+        self.engine = self.llm._open.engine
+        self.under_way = {}
+        self.final = {}
+
+    @rule(index=st.integers(0, len(WORK) - 1), priority=st.integers(-1, 1))
+    def add(self, index, priority):
+        request = _request(self.llm, *self.WORK[index], priority=priority)
+        self.engine.add_request(request)
+        self.under_way[request.request_id] = index
+
+    @precondition(lambda self: self.under_way)
+    @rule(data=st.data())
+    def abort(self, data):
+        request_id = data.draw(st.sampled_from(sorted(self.under_way)))
+        self.engine.abort(request_id)
+        del self.under_way[request_id]
+
+    @rule(count=st.integers(1, 5))
+    def step(self, count):
+        for _ in range(count):
+            for output in self.engine.step():
+                if output.finished:
+                    assert output.error is None
+                    self.final[output.request_id] = self.under_way.pop(output.request_id), _ids(output)
+            self.engine.check_integrity()
+
+    @invariant()
+    def the_engine_knows_the_same_requests(self):
+        assert self.engine.num_unfinished == len(self.under_way)
+
+    def teardown(self):
+        while self.engine.num_unfinished:
+            self.step(1)
+        self.engine.check_integrity()
+        for index, ids in self.final.values():
+            assert ids == ANSWERS[index]
+        self.llm.close()
+
+
+ANSWERS = []
+
+
+class TestEngineMachine(EngineMachine.TestCase):
+    settings = settings(
+        max_examples=12, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+    )
+
+    @classmethod
+    def setup_class(cls):
+        with LLM("tiny", **MODEL, **PLAIN) as llm:
+            ANSWERS[:] = [_ids(llm.chat(*work)[0]) for work in EngineMachine.WORK]
