@@ -59,7 +59,7 @@ def test_image_tokens_cost_plora_and_kv():
 
 
 def test_activations_are_the_larger_of_tower_and_prefill():
-    sizes = [activation_bytes(CONFIG, tokens, "float16") for tokens in (1, 100, 20_000, 40_000)]
+    sizes = [activation_bytes(CONFIG, tokens, 512, "float16") for tokens in (1, 100, 20_000, 40_000)]
     assert sizes[0] == sizes[1]
     assert sizes[3] == 2 * sizes[2] > sizes[1]
 
@@ -75,7 +75,7 @@ def test_the_largest_image_of_a_fixed_size():
 
 def test_max_model_len_shrinks_to_the_cache():
     memory = 4096 * kv_bytes_per_token(CONFIG, "float16")
-    plan = plan_memory(CONFIG, 10**9, "float16", 2**36, None, 4, 256, 16, memory)
+    plan = plan_memory(CONFIG, 10**9, "float16", 2**36, None, 4, 256, 512, 16, memory)
     assert (plan.kv_tokens, plan.max_model_len) == (4096, 4096)
 
 

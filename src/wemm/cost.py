@@ -91,10 +91,12 @@ def largest_image(config: ModelConfig) -> ImagePlan:
     return ImageProcessor(config).plan(edge, edge)
 
 
-def activation_bytes(config: ModelConfig, max_num_batched_tokens: int, dtype: str) -> int:
-    """Largest working set of a step, estimated: one largest image in the tower, or one prefill."""
+def activation_bytes(
+    config: ModelConfig, max_num_batched_tokens: int, max_num_batched_patches: int, dtype: str
+) -> int:
+    """Largest working set of a step, estimated: one vision-tower call, or one prefill."""
     size, vision, text = DTYPE_BYTES[dtype], config.vision, config.text
-    tower = largest_image(config).num_patches * (
+    tower = max(largest_image(config).num_patches, max_num_batched_patches) * (
         2 * vision.intermediate_size * size + vision.hidden_size * (6 * size + 8)
     )
     prefill = max_num_batched_tokens * (3 * text.intermediate_size * 4 + text.hidden_size * (6 * size + 8))
@@ -128,6 +130,7 @@ def plan_memory(
     max_model_len: int | None,
     max_num_seqs: int,
     max_num_batched_tokens: int,
+    max_num_batched_patches: int,
     block_size: int,
     kv_cache_memory: int | None,
     image_cache_memory: int | None = 0,
@@ -141,7 +144,7 @@ def plan_memory(
     image_cache = image_cache_memory
     if image_cache is None:
         image_cache = _IMAGE_CACHE if available is None else min(_IMAGE_CACHE, available // 16)
-    activations = activation_bytes(config, max_num_batched_tokens, dtype)
+    activations = activation_bytes(config, max_num_batched_tokens, max_num_batched_patches, dtype)
     per_block = kv_bytes_per_token(config, dtype) * block_size // num_ranks
     longest = max_model_len or config.text.max_position_embeddings
     least = max_model_len or min(_MIN_MODEL_LEN, config.text.max_position_embeddings)

@@ -35,7 +35,7 @@ def run(engine: EngineConfig, workload: Workload, output_len: int, compare: bool
     results = {"together": _measure(engine, conversations, params, at_once=True)}
     if compare:
         results["one by one"] = _measure(engine, conversations, params, at_once=False)
-    columns = ("s", "requests/s", "prompt tokens/s", "output tokens/s", "tower calls", "computed tokens")
+    columns = ("s", "requests/s", "prompt tok/s", "output tok/s", "tower calls", "tok computed")
     title = f"{workload.num_requests} requests, {engine.model}, {output_len} tokens each"
     print_table(title, ("", *columns), [(name, *asdict(result).values()) for name, result in results.items()])
     line: dict[str, Any] = {"workload": asdict(workload), "output_len": output_len}

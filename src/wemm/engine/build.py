@@ -210,6 +210,7 @@ def _plan(config: EngineConfig, source: Source, platform: Platform) -> tuple[Mem
         config.max_model_len,
         config.max_num_seqs,
         config.max_num_batched_tokens,
+        config.max_num_batched_patches or platform.max_num_batched_patches(),
         config.block_size,
         config.kv_cache_memory,
         config.image_cache_memory,
@@ -242,12 +243,16 @@ def _load_model(
 def _limits(config: EngineConfig, source: Source, platform: Platform, dtype: str) -> Limits:
     largest = largest_image(source.config)
     embed_bytes = source.config.text.hidden_size * DTYPE_BYTES[dtype]
+    patches = config.max_num_batched_patches or platform.max_num_batched_patches()
     return Limits(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
-        max_num_batched_patches=config.max_num_batched_patches or platform.max_num_batched_patches(),
-        max_image_patches=largest.num_patches,
+        max_num_batched_patches=patches,
+        # Where images are small, as many go together as a step has time for.
+        max_image_patches=max(largest.num_patches, patches),
         num_vision_layers=source.config.vision.num_hidden_layers,
         embed_bytes_per_token=embed_bytes,
-        embed_bytes_per_call=largest.num_tokens * embed_bytes,
+        embed_bytes_per_call=-(-max(largest.num_patches, patches) // largest.num_patches)
+        * largest.num_tokens
+        * embed_bytes,
     )
