@@ -76,6 +76,7 @@ def test_leaving_and_cancelling_abort_and_free_everything(ask):
             await anext(stream)
             await stream.aclose()
             await _idle(engine)
+            assert engine.stats.num_computed_tokens < 200
             task = asyncio.create_task(_collect(engine.chat(ask("hi"), replace(PARAMS, max_tokens=300))))
             await asyncio.sleep(0.05)
             task.cancel()

@@ -253,6 +253,43 @@ def test_ten_thousand_images_leave_nothing_behind(capsys):
     assert abs(slope) < 1
 
 
+def test_what_a_failed_request_computed_is_not_shared(ask, monkeypatch):
+    """Its prompt was computed and known to the cache before it failed."""
+    params = SamplingParams(max_tokens=3, ignore_eos=True)
+    messages = ask("Why is the ocean blue? " * 4)
+    with LLM("tiny", **MODEL) as llm:
+        engine, runner = llm._open.engine, llm._open.engine._runner
+        engine.add_request(_request(llm, messages, params))
+        engine.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(runner, "forward", lambda inputs: 1 / 0)
+            [output] = engine.step()
+        assert isinstance(output.error, StepError)
+        llm.chat(messages, params)
+        assert llm.stats.num_prefix_cached_tokens == 0
+        llm.chat(messages, params)
+        assert llm.stats.num_prefix_cached_tokens > 0
+
+
+def test_an_image_whose_encoding_failed_halfway_begins_again(ask, monkeypatch):
+    params = SamplingParams(max_tokens=3, ignore_eos=True)
+    with LLM("tiny", **MODEL, max_num_batched_patches=40) as llm:
+        engine, runner = llm._open.engine, llm._open.engine._runner
+        encode, layers = runner.encode, []
+
+        def fail_once(vision):
+            layers.append(vision.first_layer)
+            return encode(vision) if len(layers) > 1 else 1 / 0
+
+        monkeypatch.setattr(runner, "encode", fail_once)
+        engine.add_request(_request(llm, ask("?", _image(0)), params))
+        [output] = engine.step()
+        assert isinstance(output.error, StepError)
+        assert llm.chat(ask("?", _image(0)), params)[0].finished
+        assert layers == [0, 0, 1]
+        engine.check_integrity()
+
+
 class EngineMachine(RuleBasedStateMachine):
     """Requests added, aborted and computed in any order on a small engine; then all finish as alone."""
 

@@ -152,6 +152,15 @@ def test_content_outlives_its_owner_until_the_block_is_needed():
     manager.check_idle()
 
 
+def test_a_cached_block_that_nobody_owns_is_not_counted_twice():
+    """Five blocks, three of them cached and free: six tokens more than they hold do not fit."""
+    manager = KVCacheManager(5, SIZE)
+    _computed(manager, _sequence("a", range(13)))
+    manager.free("a")
+    assert manager.can_admit(_sequence("b", range(20)))
+    assert not manager.can_admit(_sequence("c", range(21)))
+
+
 def test_without_prefix_caching_only_one_request_shares_with_itself():
     manager = KVCacheManager(16, SIZE, enable_prefix_caching=False)
     first = _sequence("a", range(9))

@@ -80,6 +80,15 @@ def test_decodes_go_on_beside_a_long_prompt():
         assert list(_tokens(scheduler).items()) == list(expected.items())
 
 
+def test_an_urgent_long_prompt_leaves_a_token_to_everyone_behind_it():
+    scheduler, *_ = _scheduler(tokens=10)
+    scheduler.add(_sequence("short", 3))
+    _tokens(scheduler)
+    scheduler.add(_sequence("urgent", 25, priority=-1))
+    for expected in ({"short": 1, "urgent": 9}, {"short": 1, "urgent": 9}, {"short": 1, "urgent": 7}):
+        assert _tokens(scheduler) == expected
+
+
 def test_a_budget_smaller_than_the_sequences_starves_nobody():
     scheduler, *_ = _scheduler(tokens=3, seqs=8)
     for name in "abcde":
@@ -284,6 +293,20 @@ def test_images_ahead_stop_where_room_ends_but_the_first_always_goes():
         scheduler.add(_sequence(f"s{i}", 40, (0, f"image {i}")))
     vision = _step(scheduler, images)[1]
     assert len(vision.images) == 6
+
+
+def test_an_image_larger_than_all_limits_is_encoded_alone():
+    scheduler, _, images = _scheduler(capacity=0, image_patches=10)
+    plan = ImagePlan(resized=(28, 28), patch_grid=(5, 5), token_grid=(5, 5))  # 27 of 20 bytes, 25 of 10 patches
+    sequence = _sequence("a", 30)
+    span = ImageSpan(0, ProcessedImage(None, plan, "large"))
+    sequence.request = Request("a", ProcessedPrompt(tuple(range(30)), (span,)), SamplingParams(), 0, 0.0)
+    scheduler.add(sequence)
+    scheduler.add(_sequence("b", 9, (0, "small")))
+    assert [[image.sha256 for image in _step(scheduler, images)[1].images] for _ in range(2)] == [
+        ["large"],
+        ["small"],
+    ]
 
 
 def test_drafts_follow_what_was_seen_before_and_stay_within_limits():

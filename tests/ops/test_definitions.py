@@ -59,3 +59,22 @@ def test_logits_are_float32_whatever_the_dtype():
         model = llm._open.engine._runner._model
         with torch.inference_mode():
             assert model.compute_logits(torch.zeros(1, 128, dtype=torch.bfloat16)).dtype is torch.float32
+
+
+def test_decode_attention_never_reads_behind_the_end_of_a_sequence():
+    """Sequences of other lengths beside it, and NaN wherever nothing was written."""
+    inputs = Inputs(torch.float32, torch.device("cpu"))
+    arguments = decode_attention.cases(inputs)["mixed lengths"]
+    query, keys, values, tables, lengths, scale = arguments
+    offsets = torch.arange(tables.shape[1] * keys.shape[1])
+    unwritten = torch.ones(keys.shape[:2], dtype=torch.bool)
+    for table, length in zip(tables, lengths, strict=True):
+        written = offsets[: int(length)]
+        unwritten[table[written // keys.shape[1]].long(), written % keys.shape[1]] = False
+    keys[unwritten], values[unwritten] = float("nan"), float("nan")
+    together = decode_attention.definition(query, keys, values, tables, lengths, scale)
+    for i in range(len(lengths)):
+        row = slice(i, i + 1)
+        alone = decode_attention.definition(query[row], keys, values, tables[row], lengths[row], scale)
+        torch.testing.assert_close(together[row], alone)
+        assert alone.isfinite().all()
