@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from PIL import Image
 
 from wemm import LLM, SamplingParams
-from wemm.errors import RequestTimeoutError, StepError
+from wemm.errors import InsufficientMemoryError, PromptTooLongError, RequestTimeoutError, StepError
 
 MODEL = dict(dtype="float32", device="cpu", max_model_len=400)
 PLAIN = dict(enable_prefix_caching=False, image_cache_memory=0, num_speculative_tokens=0)
@@ -42,7 +42,7 @@ def _conversation(rng):
 def _params(rng):
     options = rng.choice((
         {}, {}, {"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9, "top_k": 50},
-        {"repetition_penalty": 1.3}, {"n": 2, "temperature": 1.0}, {"logit_bias": {5: 3.0}, "min_tokens": 4},
+        {"repetition_penalty": 1.3}, {"n": 4, "temperature": 1.0}, {"logit_bias": {5: 3.0}, "min_tokens": 4},
     ))  # fmt: skip
     return SamplingParams(
         max_tokens=rng.randrange(4, 14), seed=rng.randrange(2**40), ignore_eos=rng.random() < 0.8, **options
@@ -86,36 +86,44 @@ def work():
 
 @pytest.fixture(scope="module")
 def alone(work):
-    """What each answers alone."""
-    with LLM("tiny", **MODEL, **PLAIN) as llm:
-        return [_ids(llm.chat(messages, params)[0]) for messages, params in work]
+    """What each answers alone, by model."""
+    answers = {}
+    for model in ("tiny", "nano"):
+        with LLM(model, **MODEL, **PLAIN) as llm:
+            answers[model] = [_ids(llm.chat(messages, params)[0]) for messages, params in work]
+    return answers
 
 
-TINY_POOL = {"kv_cache_memory": 400 * 2 * 3 * 8 * 8 * 4}  # of one sequence of max_model_len
+# Of one sequence of max_model_len: layers, keys and values, KV heads, head_dim, bytes.
+TINY_POOL = {"kv_cache_memory": 400 * 3 * 2 * 8 * 8 * 4}
+NANO_POOL = {"kv_cache_memory": 400 * 4 * 2 * 4 * 16 * 4}
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("model", "options"),
     [
-        {},
-        PLAIN,
-        {"max_num_seqs": 5, "max_num_batched_tokens": 23},
-        {"max_num_batched_patches": 40},
-        {"enable_prefix_caching": False},
-        {"image_cache_memory": 0},
-        {"num_speculative_tokens": 0},
-        {"block_size": 3, "max_num_batched_tokens": 50},
-        TINY_POOL,
-        {**TINY_POOL, **PLAIN},
+        ("tiny", {}),
+        ("tiny", PLAIN),
+        ("tiny", {"max_num_seqs": 5, "max_num_batched_tokens": 23}),
+        ("tiny", {"max_num_batched_patches": 40}),
+        ("tiny", {"enable_prefix_caching": False}),
+        ("tiny", {"image_cache_memory": 0}),
+        ("tiny", {"num_speculative_tokens": 0}),
+        ("tiny", {"block_size": 3, "max_num_batched_tokens": 50}),
+        ("tiny", TINY_POOL),
+        ("tiny", {**TINY_POOL, **PLAIN}),
+        ("nano", {}),
+        ("nano", {**NANO_POOL, "max_num_batched_tokens": 31, "max_num_batched_patches": 100}),
     ],
-    ids=lambda options: " ".join(f"{k}={v}" for k, v in options.items()) or "default",
+    ids=lambda value: value if isinstance(value, str) else " ".join(f"{k}={v}" for k, v in value.items()),
 )
-def test_64_requests_arriving_at_random_answer_as_each_alone(options, work, alone):
-    with LLM("tiny", **MODEL, **options) as llm:
-        assert _arriving(llm, work, seed=3) == alone
+def test_64_requests_arriving_at_random_answer_as_each_alone(model, options, work, alone):
+    with LLM(model, **MODEL, **options) as llm:
+        assert _arriving(llm, work, seed=3) == alone[model]
         stats = llm.stats
-    assert (stats.num_preemptions > 0) == ("kv_cache_memory" in options)
-    if not options:
+    if model == "tiny":
+        assert (stats.num_preemptions > 0) == ("kv_cache_memory" in options)
+    if model == "tiny" and not options:
         assert stats.num_prefix_cached_tokens > 0
         assert stats.num_encoded_images <= 6 < stats.num_image_queries
         assert 0 < stats.num_accepted_tokens <= stats.num_draft_tokens
@@ -128,7 +136,7 @@ def test_every_chunk_size_gives_the_same_answer(ask):
     with LLM("tiny", **MODEL, **PLAIN) as llm:
         [whole] = llm.chat(messages, params)
         length = len(whole.prompt_token_ids)
-        for size in [*range(1, length, 4), length]:
+        for size in range(1, length + 1):
             limits = llm._open.engine._scheduler._limits
             llm._open.engine._scheduler._limits = replace(limits, max_num_batched_tokens=size)
             [chunked] = llm.chat(messages, params)
@@ -156,6 +164,25 @@ def test_n_answers_share_their_prompt(ask):
         assert llm.stats.num_prefix_cached_tokens == 3 * ((length - 1) // 16 * 16)
         llm.chat(messages, SamplingParams(max_tokens=1))  # another request, no caching between requests
         assert llm.stats.num_prefix_cached_tokens == 3 * ((length - 1) // 16 * 16)
+
+
+def test_what_cannot_fit_is_refused_with_its_numbers_before_work_begins(ask):
+    with LLM("tiny", **{**MODEL, "max_model_len": 40}) as llm:
+        message = r"the prompt has \d+ tokens, but max_model_len 40 leaves room for 39; shorten it or raise"
+        with pytest.raises(PromptTooLongError, match=message):
+            llm.chat([ask("fine"), ask("?", _image(0))], SamplingParams(max_tokens=2))
+        assert llm.stats.num_tower_calls == 0
+        assert llm.chat(ask("fine"), SamplingParams(max_tokens=2))[0].finished
+
+
+def test_the_cache_takes_the_memory_it_was_given():
+    with LLM("tiny", **MODEL, kv_cache_memory=10 * 2**20 + 1000) as llm:
+        tensor = llm._open.engine._runner._kv_cache
+        num_bytes = tensor.numel() * tensor.element_size()
+        assert 10 * 2**20 - num_bytes // llm.stats.num_blocks < num_bytes <= 10 * 2**20 + 1000
+    smallest = TINY_POOL["kv_cache_memory"]
+    with pytest.raises(InsufficientMemoryError, match="but one sequence of 400 needs"):
+        LLM("tiny", **MODEL, kv_cache_memory=smallest - 1)
 
 
 def test_a_repeating_answer_takes_fewer_steps_than_tokens(ask):
