@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -410,6 +412,14 @@ def test_random_weights_answer(ask, golden_images):
     with LLM("tiny", load_format="dummy", device="cpu") as llm:
         [output] = llm.chat(ask("hi", golden_images / "1x1.png"), SamplingParams(max_tokens=5, ignore_eos=True))
     assert len(output.outputs[0].token_ids) == 5
+
+
+def test_closing_lets_go_of_weights_and_caches(ask):
+    with LLM("tiny", device="cpu") as llm:
+        llm.chat(ask("hi"), SamplingParams(max_tokens=1))
+        runner = weakref.ref(llm._open.engine._runner)
+    gc.collect()
+    assert runner() is None
 
 
 def test_closed(ask):

@@ -70,7 +70,7 @@ class EncoderCache:
                     self._unheld[sha256] = None
         if not held:
             self._held.pop(seq_id, None)
-        self._shrink(self.capacity)
+        self._shrink()
 
     def store(self, sha256: str, num_bytes: int) -> None:
         """An image was encoded."""
@@ -79,11 +79,7 @@ class EncoderCache:
         self._sizes[sha256] = num_bytes
         if sha256 not in self._holders:
             self._unheld[sha256] = None
-        self._shrink(self.capacity)
-
-    def clear(self) -> None:
-        """Drop what nobody holds."""
-        self._shrink(0)
+        self._shrink()
 
     def take_dropped(self) -> list[str]:
         """Images dropped since the last call: their tensors can go."""
@@ -116,8 +112,8 @@ class EncoderCache:
         if self._holders:
             raise IntegrityError(f"{len(self._holders)} images are still held")
 
-    def _shrink(self, capacity: int) -> None:
-        while self._num_bytes > capacity and self._unheld:
+    def _shrink(self) -> None:
+        while self._num_bytes > self.capacity and self._unheld:
             sha256, _ = self._unheld.popitem(last=False)
             self._num_bytes -= self._sizes.pop(sha256)
             self._dropped.append(sha256)

@@ -28,10 +28,12 @@ class Intake:
     """Numbers requests in the order they are handed in, and prepares several at once."""
 
     def __init__(self, built: BuiltEngine, seed: int) -> None:
-        self._built = built
+        # Not `built` itself: a closed door must let go of the weights.
+        self._default_sampling_params = built.default_sampling_params
+        self._vocab_size = built.source.config.text.vocab_size
         self._seed = seed
         self._num_requests = 0
-        self._grammars = GrammarCompiler(built.tokenizer, built.source.config.text.vocab_size)
+        self._grammars = GrammarCompiler(built.tokenizer, self._vocab_size)
         num_workers = min(_MAX_WORKERS, os.cpu_count() or 1)
         self.lookahead = 2 * num_workers
         """How many requests are worth preparing ahead of the engine."""
@@ -47,8 +49,8 @@ class Intake:
     ) -> Future[Request]:
         """Begin to prepare a request. The future raises PromptError, MediaError, …; this ParameterError."""
         arrival_time = time.perf_counter()
-        params = params or self._built.default_sampling_params
-        _check_token_ids(params, self._built.source.config.text.vocab_size)
+        params = params or self._default_sampling_params
+        _check_token_ids(params, self._vocab_size)
         _check_order(priority, timeout)
         self._num_requests += 1
         number = self._num_requests

@@ -141,11 +141,6 @@ class KVCacheManager:
             if block_hash is not None:
                 del self._block_of_hash[block_hash]
 
-    def clear_cache(self) -> None:
-        """Forget the content of all blocks; those in use stay in use, but are no longer found."""
-        self._block_of_hash.clear()
-        self._hash_of_block.clear()
-
     def block_table(self, seq_id: str) -> list[int]:
         """Blocks of a sequence in order of position."""
         return self._tables[seq_id]
