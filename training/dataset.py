@@ -34,7 +34,7 @@ from wemm.config import ModelConfig
 from wemm.engine.vision_encode import image_batch
 from wemm.model.batch import Batch, ImageBatch
 from wemm.processing.image_processor import ImageProcessor, ProcessedImage
-from wemm.processing.processor import IMAGE_TOKEN_ID, Processor
+from wemm.processing.processor import IMAGE_TOKEN_ID, Processor, image_reader
 from wemm.processing.tokenizer import Tokenizer
 
 PATCH_LABELS = {label: i + 1 for i, label in enumerate(
@@ -48,12 +48,15 @@ _SEQUENCES_PER_LENGTH = 32
 # Share of a step's patches that glyph pages take: they teach the tower to read before any answer can.
 _GLYPHS_FIRST, _GLYPHS_LAST, _GLYPHS_UNTIL = 0.7, 0.06, 0.22
 _FULL_DIFFICULTY_AT = 0.35
+_TEXT_SHARE = 0.46
 # (rows, columns) of patches: one for all images of a kind in a step, so that they are computed together.
 _TEXT_ROWS = {4: 0.26, 5: 0.2, 6: 0.16, 7: 0.14, 8: 0.08, 9: 0.05, 10: 0.05, 12: 0.03, 14: 0.03}
 _GLYPH_ROWS = {4: 0.3, 5: 0.3, 6: 0.2, 7: 0.2}
 _SCENE_ROWS = {4: 0.03, 5: 0.07, 6: 0.1, 7: 0.14, 8: 0.12, 9: 0.1, 10: 0.12, 11: 0.16, 12: 0.08, 14: 0.08}
 _PORTRAIT_SHARE = 0.15
-_SCENE_TASK_SHARES = {"colour": 0.12, "count": 0.21, "exists": 0.3, "relation": 0.28, "describe": 0.09}
+_SCENE_TASK_SHARES = {"colour": 0.09, "count": 0.26, "exists": 0.3, "relation": 0.26, "describe": 0.09}
+# Share of questions of the kind that the scene was made for: else a scene of many is seldom asked how many.
+_OWN_TASK_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Prompts:
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         limit = config.text.max_position_embeddings
-        self._processor = Processor(tokenizer, ImageProcessor(config), limit, config.text.vocab_size)
+        self._processor = Processor(tokenizer, image_reader(ImageProcessor(config)), limit, config.text.vocab_size)
         self._blank = Image.new("RGB", (64, 64))
         self.around_image = lru_cache(maxsize=None)(self._around_image)
         self.later_turn = lru_cache(maxsize=None)(self._later_turn)
@@ -108,7 +111,10 @@ class Prompts:
 
 
 class TrainingData(Dataset[TrainingStep]):
-    """`data[step]` for steps 0..num_steps-1; the curriculum follows step / num_steps."""
+    """`data[step]` for steps 0..num_steps-1; the curriculum follows step / num_steps.
+
+    With `tower_knows_glyphs` it begins where images are as difficult as they get.
+    """
 
     def __init__(
         self,
@@ -117,8 +123,10 @@ class TrainingData(Dataset[TrainingStep]):
         num_steps: int,
         seed: int = 0,
         patches_per_step: int = PATCHES_PER_STEP,
+        tower_knows_glyphs: bool = False,
     ) -> None:
         self._patches_per_step = patches_per_step
+        self._begin = _FULL_DIFFICULTY_AT if tower_knows_glyphs else 0.0
         self._config = config
         self._image_processor = ImageProcessor(config)
         self._prompts = Prompts(config, tokenizer)
@@ -130,14 +138,14 @@ class TrainingData(Dataset[TrainingStep]):
 
     def __getitem__(self, step: int) -> TrainingStep:
         rng = np.random.default_rng([self._seed, step])
-        progress = step / self._num_steps
+        progress = self._begin + (1 - self._begin) * step / self._num_steps
         difficulty = min(1.0, progress / _FULL_DIFFICULTY_AT)
         decay = min(1.0, max(0.0, progress - 0.5 * _GLYPHS_UNTIL) / (0.5 * _GLYPHS_UNTIL))
         glyphs = _GLYPHS_FIRST + (_GLYPHS_LAST - _GLYPHS_FIRST) * decay
-        asked = 0.5 * (1 - glyphs) * self._patches_per_step
+        asked = (1 - glyphs) * self._patches_per_step
         groups = [
-            list(self._texts(rng, asked, difficulty)),
-            list(self._scenes(rng, asked, difficulty)),
+            list(self._texts(rng, _TEXT_SHARE * asked, difficulty)),
+            list(self._scenes(rng, (1 - _TEXT_SHARE) * asked, difficulty)),
             list(self._glyph_pages(rng, glyphs * self._patches_per_step, difficulty)),
         ]
         return assemble(groups, self._config, self._prompts)
@@ -167,11 +175,13 @@ class TrainingData(Dataset[TrainingStep]):
         """Shapes, several questions about them; now and then two in one conversation."""
         tasks, shares = list(_SCENE_TASK_SHARES), list(_SCENE_TASK_SHARES.values())
         max_shapes = 8 if min(grid) > 5 else 6
-        shapes = sample_scene(rng, str(rng.choice(tasks, p=shares)), max_shapes)
+        own_task = str(rng.choice(tasks, p=shares))
+        shapes = sample_scene(rng, own_task, max_shapes)
         picture = draw_shapes(rng, shapes, self._size(rng, grid), difficulty)
         questions: list[Question] = []
         while len(questions) < _QUESTIONS_PER_SCENE:
-            question = ask_scene(rng, str(rng.choice(tasks, p=shares)), picture)
+            task = own_task if rng.random() < _OWN_TASK_SHARE else str(rng.choice(tasks, p=shares))
+            question = ask_scene(rng, task, picture)
             if question is not None:
                 questions.append(casually(rng, question))
         conversations: list[tuple[Question, ...]] = [(question,) for question in questions]

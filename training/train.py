@@ -28,6 +28,7 @@ from training.tasks import TASKS
 from wemm.checkpoint.adapter import configured_plora
 from wemm.checkpoint.checkpoint import BUNDLED_DIRECTORY, read_config
 from wemm.config import ModelConfig
+from wemm.layers.plora import ColumnParallelPloraLinear, RowParallelPloraLinear
 from wemm.model.wemm import WemmModel
 from wemm.processing.tokenizer import Tokenizer
 from wemm.progress import terminal_bar
@@ -44,6 +45,7 @@ _LOG_EVERY = 50
 _CHECK_EVERY = 1000
 _CHECK_STEPS = 10
 _CHECK_SEED = 10_001
+_STATE = "state.pt"
 
 
 class Trainee(nn.Module):
@@ -56,6 +58,9 @@ class Trainee(nn.Module):
         self._cache_shape = (config.text.num_key_value_heads, config.text.head_dim)
         self._num_layers = config.text.num_hidden_layers
         initialise(self.model, config, seed)
+        for module in self.model.language_model.modules():
+            if isinstance(module, ColumnParallelPloraLinear | RowParallelPloraLinear):
+                let_text_teach(module)
         weights = torch.ones(len(PATCH_LABELS) + 1)
         weights[0] = _BACKGROUND_WEIGHT
         self.register_buffer("_label_weights", weights, persistent=False)
@@ -83,6 +88,40 @@ class Trainee(nn.Module):
         answer_loss = (per_token * weights).sum() / weights.sum()
         labels: Any = self._label_weights
         return answer_loss, F.cross_entropy(patches.float(), step.patch_labels, labels)
+
+
+class _TaughtByText(torch.autograd.Function):
+    """y, the product of x with a weight outside the graph; the weight's gradient is that of text rows."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, x: torch.Tensor, y: torch.Tensor, is_text: torch.Tensor) -> Any:
+        ctx.save_for_backward(x.to(y.dtype), is_text)
+        ctx.dtype = weight.dtype
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        x, is_text = ctx.saved_tensors
+        return (grad[is_text].T @ x[is_text]).to(ctx.dtype), None, grad, None
+
+
+def let_text_teach(linear: nn.Module) -> None:
+    """Image rows teach a linear's PLoRA only, as where PLoRA is added to a language model that is kept.
+
+    Trained on image rows too, the base learns to read them, and little is lost without PLoRA.
+    """
+
+    def keep(module: nn.Module, _: Any) -> None:
+        module.weight.requires_grad_(False)
+
+    def teach(module: nn.Module, inputs: tuple[torch.Tensor, torch.Tensor], y: torch.Tensor) -> torch.Tensor:
+        x, image_rows = inputs
+        module.weight.requires_grad_(True)
+        is_text = torch.ones(len(x), dtype=torch.bool).index_fill(0, image_rows, False)
+        return _TaughtByText.apply(module.weight, x.detach(), y, is_text)
+
+    linear.register_forward_pre_hook(keep)
+    linear.register_forward_hook(teach)
 
 
 def initialise(model: WemmModel, config: ModelConfig, seed: int) -> None:
@@ -142,8 +181,12 @@ def train(
     threads: int = 2,
     until: int | None = None,
     patches_per_step: int = PATCHES_PER_STEP,
+    tower_from: Path | None = None,
 ) -> Trainee:
-    """Train to the end, or `until` a step; goes on from the state saved in the directory."""
+    """Train to the end, or `until` a step; goes on from the state saved in the directory.
+
+    The vision tower begins as that of the run in `tower_from`, or untrained.
+    """
     torch.set_num_threads(threads)
     # The fused attention of the CPU is slow at short lengths when gradients are wanted.
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
@@ -152,11 +195,13 @@ def train(
     trainee = Trainee(config, seed)
     optimizers = make_optimizers(trainee)
     directory.mkdir(parents=True, exist_ok=True)
-    state_file, log_file = directory / "state.pt", directory / "log.jsonl"
+    state_file, log_file = directory / _STATE, directory / "log.jsonl"
+    if tower_from is not None:
+        _take_tower(tower_from / _STATE, trainee)
     first = _restore(state_file, trainee, optimizers)
     _truncate_log(log_file, first)
     last = min(num_steps, until or num_steps)
-    data = TrainingData(config, tokenizer, num_steps, seed, patches_per_step)
+    data = TrainingData(config, tokenizer, num_steps, seed, patches_per_step, tower_from is not None)
     loader = DataLoader(data, batch_size=None, sampler=range(first, last), num_workers=1, prefetch_factor=8)
     recent: dict[str, float] = defaultdict(float)
     started = time.monotonic()
@@ -250,6 +295,12 @@ def _restore(path: Path, trainee: Trainee, optimizers: list[torch.optim.Optimize
     return int(state["step"])
 
 
+def _take_tower(path: Path, trainee: Trainee) -> None:
+    parts = ("model.vision_tower.", "patch_head.")
+    state = torch.load(path, weights_only=True)["trainee"]
+    trainee.load_state_dict({**trainee.state_dict(), **{k: v for k, v in state.items() if k.startswith(parts)}})
+
+
 def _truncate_log(path: Path, step: int) -> None:
     """Drop what was logged after the state that the run goes on from."""
     if path.exists():
@@ -263,9 +314,10 @@ def _main(
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
     threads: Annotated[int, typer.Option(help="Threads of torch; one more process makes the data.")] = 2,
     until: Annotated[int | None, typer.Option(help="Stop here; the schedule stays that of --steps.")] = None,
+    tower_from: Annotated[Path | None, typer.Option(help="Run whose vision tower to begin with.")] = None,
 ) -> None:
     """Train nano, or go on with a run that was stopped."""
-    train(directory, steps, seed, threads, until)
+    train(directory, steps, seed, threads, until, tower_from=tower_from)
 
 
 if __name__ == "__main__":

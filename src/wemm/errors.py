@@ -17,6 +17,7 @@ WemmError
     ├── StepError                   a step raised; its requests failed, the engine goes on
     ├── StructuredOutputError       a grammar failed in the middle of an answer
     ├── RankError                   a tensor-parallel rank is gone; the engine is at its end
+    ├── EngineDeadError             the engine's process is gone
     ├── NumericalError              NaN or Inf left a stage; the message names the stage
     └── IntegrityError              an invariant of the engine is broken
 """
@@ -30,6 +31,11 @@ class WemmError(Exception):
 
 class ClientError(WemmError):
     """The caller can mend it."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        """`param` is what is wrong, where it has a name: `top_p`, `messages[0].content[1].image_url`."""
+        super().__init__(message)
+        self.param = param
 
 
 class ModelNotFoundError(ClientError):
@@ -92,6 +98,10 @@ class RankError(EngineError):
     """A tensor-parallel rank failed or died: the engine is at its end, load the model again."""
 
 
+class EngineDeadError(EngineError):
+    """The process of the engine failed or was killed: what it had under way is lost."""
+
+
 class NumericalError(EngineError):
     """NaN or Inf left a stage of the computation."""
 
@@ -99,6 +109,10 @@ class NumericalError(EngineError):
         remedy = "float32" if dtype == "bfloat16" else "bfloat16 or float32"
         super().__init__(f"NaN or Inf in stage {stage!r} computed in {dtype}; try --dtype {remedy}")
         self.stage = stage
+        self.dtype = dtype
+
+    def __reduce__(self) -> tuple[type[NumericalError], tuple[str, str]]:
+        return NumericalError, (self.stage, self.dtype)
 
 
 class IntegrityError(EngineError):

@@ -20,15 +20,17 @@ _INT32_MAX = 2**31 - 1
 _UINT64_MAX = 2**64 - 1
 
 
-def _check_number(name: str, value: Any, low: float, high: float) -> None:
+def _check_number(name: str, value: Any, low: float, high: float, param: str | None = None) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not low <= value <= high:  # false for NaN
-        raise ParameterError(f"{name} must be a finite number in [{low:g}, {high:g}]. Given: {value!r}")
+        raise ParameterError(
+            f"{name} must be a finite number in [{low:g}, {high:g}]. Given: {value!r}", param or name
+        )
 
 
-def _check_integer(name: str, value: Any, low: int, high: int) -> None:
+def _check_integer(name: str, value: Any, low: int, high: int, param: str | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ParameterError(f"{name} must be an integer in [{low}, {high}]. Given: {value!r}")
+        raise ParameterError(f"{name} must be an integer in [{low}, {high}]. Given: {value!r}", param or name)
 
 
 def _as_tuple(name: str, value: Any, kind: type) -> tuple[Any, ...]:
@@ -37,7 +39,7 @@ def _as_tuple(name: str, value: Any, kind: type) -> tuple[Any, ...]:
         return ()
     wrong = not isinstance(items, Sequence) or isinstance(items, str)
     if wrong or any(not isinstance(item, kind) or isinstance(item, bool) for item in items):
-        raise ParameterError(f"{name} must be a list of {kind.__name__}. Given: {value!r}")
+        raise ParameterError(f"{name} must be a list of {kind.__name__}. Given: {value!r}", name)
     return tuple(items)
 
 
@@ -59,14 +61,19 @@ class StructuredOutputsParams:
         if len(given) != 1:
             raise ParameterError(
                 "structured_outputs takes exactly one of json, regex, choice, json_object. "
-                f"Given: {given or 'none'}"
+                f"Given: {given or 'none'}",
+                "structured_outputs",
             )
         if self.json is not None and not isinstance(self.json, (Mapping, str)):
-            raise ParameterError(f"structured_outputs.json must be a JSON schema. Given: {self.json!r}")
+            raise ParameterError(
+                f"structured_outputs.json must be a JSON schema. Given: {self.json!r}", "structured_outputs"
+            )
         if self.regex is not None and not isinstance(self.regex, str):
-            raise ParameterError(f"structured_outputs.regex must be text. Given: {self.regex!r}")
+            raise ParameterError(
+                f"structured_outputs.regex must be text. Given: {self.regex!r}", "structured_outputs"
+            )
         if self.choice is not None and "" in _as_tuple("structured_outputs.choice", self.choice, str):
-            raise ParameterError("structured_outputs.choice must not be empty text")
+            raise ParameterError("structured_outputs.choice must not be empty text", "structured_outputs")
 
     @property
     def kind(self) -> str:
@@ -124,7 +131,8 @@ class SamplingParams:
         _check_integer("n", self.n, 1, MAX_N)
         _check_number("temperature", self.temperature, 0, 1e4)
         if 0 < self.temperature < SMALLEST:
-            raise ParameterError(f"temperature must be 0 or at least {SMALLEST:g}. Given: {self.temperature!r}")
+            problem = f"temperature must be 0 or at least {SMALLEST:g}. Given: {self.temperature!r}"
+            raise ParameterError(problem, "temperature")
         _check_number("top_p", self.top_p, SMALLEST, 1)
         _check_integer("top_k", self.top_k, -1, _INT32_MAX)
         _check_number("min_p", self.min_p, 0, 1)
@@ -140,16 +148,18 @@ class SamplingParams:
         self._check_logit_bias()
         for name in ("ignore_eos", "skip_special_tokens", "repetition_guard"):
             if not isinstance(getattr(self, name), bool):
-                raise ParameterError(f"{name} must be true or false. Given: {getattr(self, name)!r}")
+                raise ParameterError(f"{name} must be true or false. Given: {getattr(self, name)!r}", name)
         if self.structured_outputs is not None:
             self._check_structured_outputs()
         object.__setattr__(self, "stop", _as_tuple("stop", self.stop, str))
         object.__setattr__(self, "stop_token_ids", _as_tuple("stop_token_ids", self.stop_token_ids, int))
         if len(self.stop_strings) > MAX_STOP_STRINGS:
-            raise ParameterError(f"stop takes at most {MAX_STOP_STRINGS} strings. Given: {len(self.stop_strings)}")
+            problem = f"stop takes at most {MAX_STOP_STRINGS} strings. Given: {len(self.stop_strings)}"
+            raise ParameterError(problem, "stop")
         for text in self.stop_strings:
             if not 1 <= len(text) <= MAX_STOP_LEN:
-                raise ParameterError(f"a stop string has 1 to {MAX_STOP_LEN} characters. Given: {len(text)}")
+                problem = f"a stop string has 1 to {MAX_STOP_LEN} characters. Given: {len(text)}"
+                raise ParameterError(problem, "stop")
 
     def _check_structured_outputs(self) -> None:
         if not isinstance(self.structured_outputs, StructuredOutputsParams):
@@ -158,17 +168,19 @@ class SamplingParams:
             )
         for name in ("ignore_eos", "min_tokens"):
             if getattr(self, name):
-                raise ParameterError(f"{name} cannot be kept where structured_outputs says when an answer ends")
+                problem = f"{name} cannot be kept where structured_outputs says when an answer ends"
+                raise ParameterError(problem, name)
 
     def _check_logit_bias(self) -> None:
         bias = self.logit_bias
         if bias is not None and not isinstance(bias, Mapping):
-            raise ParameterError(f"logit_bias must map token ids to numbers. Given: {bias!r}")
+            raise ParameterError(f"logit_bias must map token ids to numbers. Given: {bias!r}", "logit_bias")
         if len(self.biases) > MAX_LOGIT_BIAS:
-            raise ParameterError(f"logit_bias takes at most {MAX_LOGIT_BIAS} tokens. Given: {len(self.biases)}")
+            problem = f"logit_bias takes at most {MAX_LOGIT_BIAS} tokens. Given: {len(self.biases)}"
+            raise ParameterError(problem, "logit_bias")
         for token_id, value in self.biases.items():
-            _check_integer("a token id of logit_bias", token_id, 0, _INT32_MAX)
-            _check_number(f"logit_bias of token {token_id}", value, -100, 100)
+            _check_integer("a token id of logit_bias", token_id, 0, _INT32_MAX, "logit_bias")
+            _check_number(f"logit_bias of token {token_id}", value, -100, 100, "logit_bias")
 
     @property
     def biases(self) -> Mapping[int, float]:
@@ -257,6 +269,8 @@ class RequestOutput:
     finished: bool
     num_image_tokens: int = 0
     """Prompt positions that come from images, separator rows included."""
+    num_cached_tokens: int = 0
+    """Prompt positions that needed no computing: the prefix cache had them."""
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     error: WemmError | None = None
     """Why the engine gave the request up; its outputs are then incomplete."""

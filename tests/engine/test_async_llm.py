@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from wemm import AsyncLLM, SamplingParams
-from wemm.errors import EngineError, IntegrityError, ParameterError, PromptError, RequestTimeoutError
+from wemm.errors import (
+    EngineDeadError,
+    EngineError,
+    InsufficientMemoryError,
+    ModelNotFoundError,
+    ParameterError,
+    PromptError,
+    RequestTimeoutError,
+)
 
 MODEL = dict(dtype="float32", device="cpu", max_model_len=400)
 PARAMS = SamplingParams(max_tokens=20, ignore_eos=True, logprobs=2)
@@ -26,13 +40,13 @@ def _joined(outputs, index=0):
 
 
 async def _idle(llm):
-    """Wait until aborts have reached the engine; then nothing may be held."""
-    for _ in range(200):
-        if llm._open.engine.num_unfinished == 0 and llm._orders.empty():
-            break
+    """Nothing is lost or held for nobody, and soon nothing runs: aborts need a step to take effect."""
+    for _ in range(500):
+        await llm.check_integrity()
+        if llm.stats.num_waiting + llm.stats.num_running == 0:
+            return
         await asyncio.sleep(0.01)
-    llm._open.engine.check_integrity()
-    assert llm._open.engine.num_unfinished == 0
+    raise AssertionError(llm.stats)
 
 
 def test_callers_side_by_side_get_what_each_gets_alone(llm, ask, golden_images):
@@ -106,22 +120,82 @@ def test_mistakes_are_the_callers_alone(ask):
     asyncio.run(run())
 
 
-def test_when_the_engine_ends_everybody_hears_of_it(ask, monkeypatch):
+def _kill(engine):
+    os.kill(engine.engine_pid, signal.SIGKILL)
+
+
+def _break(engine):
+    engine._process.order("no_such_method")
+
+
+@pytest.mark.parametrize(
+    ("end", "error", "message"),
+    [
+        (_kill, EngineDeadError, "the engine's process was killed by signal 9; what it had under way is lost"),
+        (_break, EngineError, "the engine failed: AttributeError.*no_such_method"),
+    ],
+)
+def test_when_the_engine_ends_everybody_hears_of_it(ask, end, error, message):
     async def run():
         async with AsyncLLM("tiny", **MODEL) as engine:
             streams = [engine.chat(ask(text), replace(PARAMS, max_tokens=300)) for text in "ab"]
             for stream in streams:
                 await anext(stream)
-
-            def broken():
-                raise IntegrityError("blocks are lost")
-
-            monkeypatch.setattr(engine._open.engine, "step", broken)
+            check = asyncio.create_task(engine.wait_until_ended())
+            end(engine)
             for stream in streams:
-                with pytest.raises(IntegrityError, match="blocks are lost"):
+                with pytest.raises(error, match=message):
                     await _collect(stream)
-            with pytest.raises(IntegrityError, match="blocks are lost"):
+            with pytest.raises(error, match=message):
                 engine.chat(ask("hi"), PARAMS)
+            assert isinstance(await check, error)
+
+    asyncio.run(run())
+
+
+def test_the_engine_ends_with_its_door():
+    """Also when nobody closes it: nothing may go on computing for a process that was killed."""
+    code = """
+import asyncio
+from wemm import AsyncLLM
+async def main():
+    llm = AsyncLLM("tiny", dtype="float32", device="cpu", max_model_len=400)
+    print(llm.engine_pid, flush=True)
+    await asyncio.sleep(1000)
+asyncio.run(main())
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as door:
+        pid = int(door.stdout.readline())
+        assert Path(f"/proc/{pid}").exists()
+        door.kill()
+        for _ in range(500):
+            if not Path(f"/proc/{pid}").exists():
+                break
+            time.sleep(0.02)
+        assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_model_that_cannot_be_loaded_is_the_callers_mistake():
+    with pytest.raises(ModelNotFoundError, match="no-such-model"):
+        AsyncLLM("no-such-model")
+    with pytest.raises(InsufficientMemoryError):
+        AsyncLLM("tiny", **{**MODEL, "kv_cache_memory": 1000})
+
+
+def test_requests_of_another_salt_share_no_cache(ask, golden_images):
+    """What one tenant has asked must not be felt by another; with the same salt it is found."""
+    question = ask("hi " * 20, golden_images / "33x21.png")
+
+    async def run():
+        async with AsyncLLM("tiny", **MODEL) as engine:
+            cached, texts = [], []
+            for salt in ("", "", "a", "b", "a"):
+                outputs = await _collect(engine.chat(question, PARAMS, cache_salt=salt))
+                cached.append(outputs[-1].num_cached_tokens > 0)
+                texts.append(_joined(outputs)[:2])
+            assert cached == [False, True, False, False, True]
+            assert engine.stats.num_encoded_images == 3
+            assert all(text == texts[0] for text in texts)
 
     asyncio.run(run())
 
@@ -137,6 +211,6 @@ def test_closing_ends_what_is_under_way(ask):
         with pytest.raises(EngineError, match="closed"):
             engine.chat(ask("hi"))
         await engine.close()
-        assert not engine._thread.is_alive()
+        assert not Path(f"/proc/{engine.engine_pid}").exists()
 
     asyncio.run(run())

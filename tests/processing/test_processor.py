@@ -15,7 +15,7 @@ from wemm.checkpoint.checkpoint import BUNDLED_DIRECTORY
 from wemm.checkpoint.config_file import parse_config
 from wemm.errors import MediaError, PromptError, PromptTooLongError
 from wemm.processing.image_processor import ImageProcessor
-from wemm.processing.processor import IMAGE_TOKEN_ID, Processor
+from wemm.processing.processor import IMAGE_TOKEN_ID, Processor, image_reader
 from wemm.processing.tokenizer import IM_END, IM_START, Tokenizer
 
 TINY = BUNDLED_DIRECTORY / "tiny"
@@ -31,8 +31,9 @@ TEXT_CASES = [case for case in GOLDEN["cases"] if case.get("prompt_token_ids")]
 NASTY = ["<image>", "[UNUSED_TOKEN_145]", "<|im_end|>", "<|im_start|>assistant\n", "</s>", "<s>", "<unk>", "▁"]
 
 
-def make_processor(max_prompt_len=32768, **options):
-    return Processor(TOKENIZER, ImageProcessor(CONFIG), max_prompt_len, CONFIG.text.vocab_size, **options)
+def make_processor(max_prompt_len=32768, reference_image_mode=False):
+    read_image = image_reader(ImageProcessor(CONFIG), reference_image_mode)
+    return Processor(TOKENIZER, read_image, max_prompt_len, CONFIG.text.vocab_size)
 
 
 @pytest.fixture(scope="module")

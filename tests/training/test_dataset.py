@@ -14,7 +14,7 @@ from training.tasks import Question
 from training.train import NANO, Trainee
 from wemm.checkpoint.checkpoint import read_config
 from wemm.processing.image_processor import ImageProcessor
-from wemm.processing.processor import IMAGE_TOKEN_ID, Processor
+from wemm.processing.processor import IMAGE_TOKEN_ID, Processor, image_reader
 from wemm.processing.tokenizer import Tokenizer
 
 CONFIG = read_config(NANO)
@@ -69,7 +69,7 @@ def test_token_ids_are_those_of_the_engine():
     from PIL import Image
 
     image = Image.fromarray(example.image.pixels.numpy())
-    processor = Processor(TOKENIZER, ImageProcessor(CONFIG), 2000, CONFIG.text.vocab_size)
+    processor = Processor(TOKENIZER, image_reader(ImageProcessor(CONFIG)), 2000, CONFIG.text.vocab_size)
     expected = processor.chat([
         {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": first.text}]},
         {"role": "assistant", "content": first.answer},

@@ -12,9 +12,11 @@ from PIL import Image
 from training.dataset import TrainingData
 from training.export import SHARD_NAME, export
 from training.plot import plot
-from training.train import NANO, Trainee, learning_rate, train
+from training.train import NANO, Trainee, learning_rate, let_text_teach, train
 from wemm import LLM
 from wemm.checkpoint.checkpoint import open_checkpoint, read_config
+from wemm.distributed import SINGLE
+from wemm.layers.plora import ColumnParallelPloraLinear, PloraSpec
 from wemm.processing.tokenizer import Tokenizer
 
 CONFIG = read_config(NANO)
@@ -57,6 +59,37 @@ def test_every_parameter_has_a_gradient():
         assert parameter.grad.isfinite().all(), name
         unread = "plora" in name and last in name and "language_model" in name and "wqkv" not in name
         assert (parameter.grad.abs().sum() > 0) != unread, name
+
+
+def test_image_rows_teach_the_low_rank_update_only():
+    """And what lies before the linear learns from all rows."""
+    torch.manual_seed(0)
+    linear = ColumnParallelPloraLinear(8, 6, PloraSpec(2, 1.0), SINGLE)
+    for parameter in linear.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(5, 8, requires_grad=True)
+    image_rows, text_rows = torch.tensor([1, 3]), [0, 2, 4]
+    expected = linear(x, image_rows)
+    [wanted] = torch.autograd.grad(expected.sum(), x)
+    let_text_teach(linear)
+    y = linear(x, image_rows)
+    y.sum().backward()
+    assert torch.equal(y, expected)
+    assert torch.equal(x.grad, wanted)
+    assert torch.allclose(linear.weight.grad, x[text_rows].sum(0).expand(6, -1))
+    assert linear.plora_a.grad.abs().sum() > 0
+    assert linear.weight.requires_grad
+
+
+def test_a_run_may_begin_with_the_tower_of_another(run, tmp_path):
+    train(tmp_path, num_steps=100, threads=1, until=1, patches_per_step=SMALL, tower_from=run)
+    taken, given = (torch.load(d / "state.pt", weights_only=True)["trainee"] for d in (tmp_path, run))
+    name = "model.vision_tower.embeddings.position_embedding.weight"
+    assert (taken[name] - given[name]).abs().max() < 0.01
+    fresh = Trainee(CONFIG, seed=0).state_dict()
+    assert (taken[name] - fresh[name]).abs().max() > 0.05
+    data = TrainingData(CONFIG, Tokenizer(NANO), 100, patches_per_step=SMALL, tower_knows_glyphs=True)
+    assert data[0].num_images_asked > 0.5 * len(data[0].images.patch_grids)
 
 
 def test_a_few_hundred_steps_lower_both_losses(run):

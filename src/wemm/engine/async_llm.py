@@ -1,12 +1,9 @@
-"""AsyncLLM: the door for servers. Many callers on an event loop, one engine in a thread of its own."""
+"""AsyncLLM: the door for servers. Many callers on an event loop, the engine in a process of its own."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import queue
-import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -14,45 +11,60 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from wemm.checkpoint.checkpoint import default_sampling_params
 from wemm.config import EngineConfig, engine_config
-from wemm.engine.build import BuiltEngine, build_engine
-from wemm.engine.engine import Engine, EngineStats
+from wemm.engine.build import check, find_source, make_processor
+from wemm.engine.engine import EngineStats
+from wemm.engine.engine_process import Checked, Ended, EngineProcess, Report, Stepped
 from wemm.engine.intake import Intake, Process, process_text_or_ids
 from wemm.engine.sequence import Request
-from wemm.errors import EngineError
+from wemm.engine.structured import GrammarCompiler
+from wemm.errors import EngineError, WemmError
 from wemm.processing.chat_template import Message
+from wemm.processing.processor import Processor, ReadImage
+from wemm.processing.tokenizer import Tokenizer
 from wemm.progress import ProgressBar, silent
 from wemm.request import RequestOutput, SamplingParams
 
-logger = logging.getLogger(__name__)
-
 
 class _Mailbox:
-    """The newest state of one request, from the engine's thread to the caller's event loop.
+    """What is new of one request, from the thread that hears the engine to the caller's event loop.
 
-    Only the newest: it holds all that came before, so a slow caller costs no memory.
+    Deltas that nobody has taken yet are joined: a slow caller costs no more than its answer.
     """
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
-        self._state: RequestOutput | EngineError | None = None
+        self._delta: RequestOutput | None = None
+        self._error: WemmError | None = None
 
-    def put(self, state: RequestOutput | EngineError) -> None:
-        """From any thread."""
-        self._state = state
+    def put(self, delta: RequestOutput) -> None:
+        """On the event loop."""
+        self._delta = delta if self._delta is None else _joined(self._delta, delta)
+        self._news.set()
+
+    def fail(self, error: WemmError) -> None:
+        """On the event loop: the engine has come to its end."""
+        self._error = error
+        self._news.set()
+
+    def call(self, function: Callable[..., None], *arguments: Any) -> None:
+        """From any thread: call one of the above."""
         with contextlib.suppress(RuntimeError):  # the caller's loop is closed: nobody waits
-            self._loop.call_soon_threadsafe(self._news.set)
+            self._loop.call_soon_threadsafe(function, *arguments)
 
     async def get(self) -> RequestOutput:
-        """The next state. Raises EngineError if the engine has come to its end."""
+        """What is new. Raises the request's own error, or EngineError if the engine has come to its end."""
         await self._news.wait()
-        self._news.clear()
-        state = self._state
-        assert state is not None
-        if isinstance(state, EngineError):
-            raise state
-        return state
+        if self._error is None:  # which is told again and again, after the last delta too
+            self._news.clear()
+        delta, self._delta = self._delta, None
+        if delta is not None and delta.error is None:
+            return delta
+        error = self._error if delta is None else delta.error
+        assert error is not None
+        raise error
 
 
 class AsyncLLM:
@@ -63,20 +75,41 @@ class AsyncLLM:
             print(output.outputs[0].text, end="")
 
     Every output holds what is new since the one before: text, token ids and log probabilities. Leaving the
-    iteration, or cancelling its task, aborts the request. Options are those of `LLM`. Raises what `LLM` raises.
+    iteration, or cancelling its task, aborts the request. Options are those of `LLM`. Raises what `LLM` raises;
+    EngineDeadError if the engine's process is gone.
     """
 
-    def __init__(self, model: str | Path, *, progress: ProgressBar = silent, **options: Any) -> None:
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        progress: ProgressBar = silent,
+        read_image: ReadImage | None = None,
+        **options: Any,
+    ) -> None:
+        """`read_image` decodes and resizes; by default in threads of this process."""
         self.config: EngineConfig = engine_config(model, options)
-        self._built: BuiltEngine | None = build_engine(self.config, progress)
-        self._intake = Intake(self._built, self.config.seed)
-        self._orders: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
-        self._mailboxes: dict[str, _Mailbox] = {}
-        self._end: EngineError | None = None
-        self._thread = threading.Thread(
-            target=self._work, args=(self._built.engine,), name="wemm-engine", daemon=True
+        source = find_source(self.config)
+        self.tokenizer = Tokenizer(source.tokenizer_directory)
+        check(self.config, source, self.tokenizer)
+        self._process = EngineProcess(self.config, progress)
+        started = self._process.started
+        self.max_model_len: int = started.max_model_len
+        """Tokens of prompt and answer together at most."""
+        self.dtype: str = started.dtype
+        self.default_sampling_params: SamplingParams = default_sampling_params(source.tokenizer_directory)
+        """What absent parameters mean for this checkpoint."""
+        self.processor: Processor = make_processor(
+            self.config, source, self.tokenizer, self.max_model_len, read_image
         )
-        self._thread.start()
+        grammars = GrammarCompiler(self.tokenizer, source.config.text.vocab_size)
+        self._intake = Intake(self.default_sampling_params, grammars, self.config.seed)
+        self._stats = started.stats
+        self._mailboxes: dict[str, _Mailbox] = {}
+        self._checks: list[Future[None]] = []
+        self._end: EngineError | None = None
+        self._ended: Future[EngineError] = Future()
+        self._process.listen(self._hear)
 
     def chat(
         self,
@@ -85,10 +118,15 @@ class AsyncLLM:
         *,
         priority: int = 0,
         timeout: float | None = None,
+        cache_salt: str = "",
     ) -> AsyncIterator[RequestOutput]:
-        """Answer one conversation (see `LLM.chat`), in deltas; the last output is `finished`."""
-        process = self._open.processor.chat
-        return self._answer(partial(self._intake.submit, messages, process, sampling_params, priority, timeout))
+        """Answer one conversation (see `LLM.chat`), in deltas; the last output is `finished`.
+
+        Requests share caches with those of the same `cache_salt` only.
+        """
+        self._check_open()
+        process = self.processor.chat
+        return self._both(partial(self.prepare, messages, process, sampling_params, priority, timeout, cache_salt))
 
     def generate(
         self,
@@ -97,23 +135,75 @@ class AsyncLLM:
         *,
         priority: int = 0,
         timeout: float | None = None,
+        cache_salt: str = "",
     ) -> AsyncIterator[RequestOutput]:
         """Continue raw text or token ids (see `LLM.generate`), in deltas."""
-        process: Process = process_text_or_ids(self._open)
-        return self._answer(partial(self._intake.submit, prompt, process, sampling_params, priority, timeout))
+        self._check_open()
+        process = process_text_or_ids(self.processor)
+        return self._both(partial(self.prepare, prompt, process, sampling_params, priority, timeout, cache_salt))
+
+    async def prepare(
+        self,
+        prompt: Any,
+        process: Process,
+        sampling_params: SamplingParams | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        cache_salt: str = "",
+    ) -> Request:
+        """The first half of `chat` and `generate`: all that can be refused is refused here."""
+        self._check_open()
+        future = self._intake.submit(prompt, process, sampling_params, priority, timeout, cache_salt)
+        return await asyncio.wrap_future(future)
+
+    async def answer(self, request: Request) -> AsyncIterator[RequestOutput]:
+        """The second half: compute a prepared request, in deltas."""
+        request_id = request.request_id
+        mailbox = self._mailboxes[request_id] = _Mailbox()
+        try:
+            self._check_open()
+            self._process.order("add_request", request)
+            finished = False
+            while not finished:
+                output = await mailbox.get()
+                finished = output.finished
+                yield (
+                    output
+                    if output.prompt_token_ids
+                    else replace(output, prompt_token_ids=request.prompt.token_ids)
+                )
+        finally:
+            del self._mailboxes[request_id]
+            self._process.order("abort", request_id)
 
     @property
     def stats(self) -> EngineStats:
-        """What the engine holds and has done, read beside its thread."""
-        return self._open.engine.stats
+        """What the engine holds and has done, as of its last report."""
+        self._check_open()
+        return self._stats
+
+    @property
+    def engine_pid(self) -> int:
+        """Of the engine's process."""
+        return self._process.pid
+
+    async def check_integrity(self) -> None:
+        """Raises IntegrityError if the engine has lost a block or an image, or holds one for nobody."""
+        self._check_open()
+        check: Future[None] = Future()
+        self._checks.append(check)
+        self._process.order("check_integrity")
+        await asyncio.wrap_future(check)
+
+    async def wait_until_ended(self) -> EngineError:
+        """Why the engine came to its end: returns when it has."""
+        return await asyncio.shield(asyncio.wrap_future(self._ended))
 
     async def close(self) -> None:
         """End the engine; requests under way raise EngineError."""
-        if self._built is not None:
-            self._built = None
-            self._intake.close()
-            self._orders.put(None)
-            await asyncio.to_thread(self._thread.join)
+        self._end = self._end or EngineError("this AsyncLLM is closed")
+        self._intake.close()
+        await asyncio.to_thread(self._process.close)
 
     async def __aenter__(self) -> AsyncLLM:
         return self
@@ -121,66 +211,45 @@ class AsyncLLM:
     async def __aexit__(self, *exception: object) -> None:
         await self.close()
 
-    @property
-    def _open(self) -> BuiltEngine:
+    def _check_open(self) -> None:
         if self._end is not None:
             raise self._end
-        if self._built is None:
-            raise EngineError("this AsyncLLM is closed")
-        return self._built
 
-    async def _answer(self, submit: Callable[[], Future[Request]]) -> AsyncIterator[RequestOutput]:
-        request = await asyncio.wrap_future(submit())
-        mailbox = self._mailboxes[request.request_id] = _Mailbox()
-        self._orders.put(lambda engine: engine.add_request(request))
-        if self._end is not None:
-            mailbox.put(self._end)
-        seen: RequestOutput | None = None
-        try:
-            while seen is None or not seen.finished:
-                output = await mailbox.get()
-                if output.error is not None:
-                    raise output.error
-                yield _delta(output, seen)
-                seen = output
-        finally:
-            del self._mailboxes[request.request_id]
-            self._orders.put(lambda engine: engine.abort(request.request_id))
+    async def _both(self, prepare: Callable[[], Any]) -> AsyncIterator[RequestOutput]:
+        async with contextlib.aclosing(self.answer(await prepare())) as outputs:
+            async for output in outputs:
+                yield output
 
-    def _work(self, engine: Engine) -> None:
-        """The engine's thread: take orders, step while there is work, sleep while there is none."""
-        try:
-            while self._take_orders(engine):
-                for output in engine.step():
-                    mailbox = self._mailboxes.get(output.request_id)
-                    if mailbox is not None:
-                        mailbox.put(output)
-            self._end = EngineError("this AsyncLLM is closed")
-        except Exception as error:  # whatever ends the engine, every caller must hear of it
-            logger.exception("the engine has come to its end")
-            self._end = error if isinstance(error, EngineError) else EngineError(f"the engine failed: {error!r}")
-        finally:
-            engine.close()
-            for mailbox in list(self._mailboxes.values()):
-                mailbox.put(self._end or EngineError("the engine was interrupted"))
+    def _hear(self, report: Report) -> None:
+        """A report of the engine, in the thread that hears it."""
+        if isinstance(report, Stepped):
+            self._stats = report.stats
+            for output in report.outputs:
+                mailbox = self._mailboxes.get(output.request_id)
+                if mailbox is not None:
+                    mailbox.call(mailbox.put, output)
+        elif isinstance(report, Checked):
+            check = self._checks.pop(0)
+            check.set_exception(report.error) if report.error else check.set_result(None)
+        else:
+            self._come_to_the_end(report)
 
-    def _take_orders(self, engine: Engine) -> bool:
-        """Everything that was ordered; waits for an order if there is nothing to do. False: the end."""
-        while not self._orders.empty() or not engine.num_unfinished:
-            order = self._orders.get()
-            if order is None:
-                return False
-            order(engine)
-        return True
+    def _come_to_the_end(self, report: Ended) -> None:
+        error = report.error if isinstance(report.error, EngineError) else EngineError(str(report.error))
+        self._end = self._end or error
+        for mailbox in list(self._mailboxes.values()):
+            mailbox.call(mailbox.fail, self._end)
+        for check in self._checks:
+            check.set_exception(self._end)
+        self._ended.set_result(self._end)
 
 
-def _delta(output: RequestOutput, seen: RequestOutput | None) -> RequestOutput:
-    if seen is None:
-        return output
-    outputs = []
-    for now, before in zip(output.outputs, seen.outputs, strict=True):
-        count = len(before.token_ids)
-        logprobs = None if now.logprobs is None else now.logprobs[count:]
-        text, token_ids = now.text[len(before.text) :], now.token_ids[count:]
-        outputs.append(replace(now, text=text, token_ids=token_ids, logprobs=logprobs))
-    return replace(output, outputs=tuple(outputs))
+def _joined(first: RequestOutput, then: RequestOutput) -> RequestOutput:
+    """Two deltas as one."""
+    answers = []
+    for before, now in zip(first.outputs, then.outputs, strict=True):
+        logprobs = None if now.logprobs is None else (before.logprobs or ()) + now.logprobs
+        text, token_ids = before.text + now.text, before.token_ids + now.token_ids
+        answers.append(replace(now, text=text, token_ids=token_ids, logprobs=logprobs))
+    prompt_token_ids = first.prompt_token_ids or then.prompt_token_ids
+    return replace(then, prompt_token_ids=prompt_token_ids, outputs=tuple(answers))

@@ -33,7 +33,7 @@ from wemm.kernels import load_kernels
 from wemm.model.wemm import WemmModel
 from wemm.platforms import Platform, resolve_platform
 from wemm.processing.image_processor import ImageProcessor
-from wemm.processing.processor import Processor
+from wemm.processing.processor import Processor, ReadImage, image_reader
 from wemm.processing.tokenizer import Tokenizer
 from wemm.progress import ProgressBar, silent
 from wemm.request import SamplingParams
@@ -110,7 +110,7 @@ def build_engine(config: EngineConfig, progress: ProgressBar) -> BuiltEngine:
         raise SystemExit(0)
     source = find_source(config)
     tokenizer = Tokenizer(source.tokenizer_directory)
-    _check(config, source, tokenizer)
+    check(config, source, tokenizer)
     plan, dtype = _plan(config, source, platform)
     logger.info("%s on %s in %s, max_model_len %d", config.model, platform.device, dtype, plan.max_model_len)
     num_blocks = plan.kv_tokens // config.block_size
@@ -125,18 +125,24 @@ def build_engine(config: EngineConfig, progress: ProgressBar) -> BuiltEngine:
             plan.max_model_len,
             config.num_speculative_tokens,
         ),
-        processor=Processor(
-            tokenizer,
-            ImageProcessor(source.config),
-            plan.max_model_len - 1,
-            source.config.text.vocab_size,
-            config.reference_image_mode,
-        ),
+        processor=make_processor(config, source, tokenizer, plan.max_model_len),
         tokenizer=tokenizer,
         source=source,
         memory_plan=plan,
         default_sampling_params=default_sampling_params(source.tokenizer_directory),
     )
+
+
+def make_processor(
+    config: EngineConfig,
+    source: Source,
+    tokenizer: Tokenizer,
+    max_model_len: int,
+    read_image: ReadImage | None = None,
+) -> Processor:
+    """The door for prompts; images are read in the calling thread unless `read_image` does it."""
+    read_image = read_image or image_reader(ImageProcessor(source.config), config.reference_image_mode)
+    return Processor(tokenizer, read_image, max_model_len - 1, source.config.text.vocab_size)
 
 
 def _make_runner(
@@ -175,7 +181,8 @@ def build_rank(config: EngineConfig, platform: Platform, group: Group) -> ModelR
     return ModelRunner(model, source.config, platform, getattr(torch, dtype), num_blocks, config.block_size)
 
 
-def _check(config: EngineConfig, source: Source, tokenizer: Tokenizer) -> None:
+def check(config: EngineConfig, source: Source, tokenizer: Tokenizer) -> None:
+    """What can be known before weights are read. Raises CheckpointError, ParameterError."""
     text, size = source.config.text, config.tensor_parallel_size
     if tokenizer.vocab_size > text.vocab_size or max(tokenizer.control_ids.values()) >= text.vocab_size:
         raise CheckpointError(

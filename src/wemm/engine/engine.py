@@ -340,6 +340,7 @@ def _request_output(progress: _Progress) -> RequestOutput:
         outputs=tuple(_completion(sequence) for sequence in progress.sequences),
         finished=progress.finished,
         num_image_tokens=request.prompt.num_image_tokens,
+        num_cached_tokens=progress.sequences[0].num_cached_tokens or 0,
         metrics=request.metrics,
         error=progress.error,
     )

@@ -12,11 +12,10 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from wemm.engine.build import BuiltEngine
 from wemm.engine.sequence import Request
 from wemm.engine.structured import GrammarCompiler
 from wemm.errors import ParameterError
-from wemm.processing.processor import ProcessedPrompt
+from wemm.processing.processor import ProcessedPrompt, Processor
 from wemm.request import RequestMetrics, SamplingParams
 
 _MAX_WORKERS = 4
@@ -27,13 +26,11 @@ Process = Callable[[Any], ProcessedPrompt]
 class Intake:
     """Numbers requests in the order they are handed in, and prepares several at once."""
 
-    def __init__(self, built: BuiltEngine, seed: int) -> None:
-        # Not `built` itself: a closed door must let go of the weights.
-        self._default_sampling_params = built.default_sampling_params
-        self._vocab_size = built.source.config.text.vocab_size
+    def __init__(self, default_sampling_params: SamplingParams, grammars: GrammarCompiler, seed: int) -> None:
+        self._default_sampling_params = default_sampling_params
+        self._grammars = grammars
         self._seed = seed
         self._num_requests = 0
-        self._grammars = GrammarCompiler(built.tokenizer, self._vocab_size)
         num_workers = min(_MAX_WORKERS, os.cpu_count() or 1)
         self.lookahead = 2 * num_workers
         """How many requests are worth preparing ahead of the engine."""
@@ -46,18 +43,19 @@ class Intake:
         params: SamplingParams | None,
         priority: int = 0,
         timeout: float | None = None,
+        cache_salt: str = "",
     ) -> Future[Request]:
         """Begin to prepare a request. The future raises PromptError, MediaError, …; this ParameterError."""
         arrival_time = time.perf_counter()
         params = params or self._default_sampling_params
-        _check_token_ids(params, self._vocab_size)
+        _check_token_ids(params, self._grammars.vocab_size)
         _check_order(priority, timeout)
         self._num_requests += 1
         number = self._num_requests
 
         def prepare() -> Request:
             started = time.perf_counter()
-            processed = process(prompt)
+            processed = process(prompt).salted(cache_salt)
             wanted = params.structured_outputs
             return Request(
                 request_id=f"request-{number}",
@@ -78,9 +76,8 @@ class Intake:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def process_text_or_ids(built: BuiltEngine) -> Process:
+def process_text_or_ids(processor: Processor) -> Process:
     """Raw text (BOS prepended) or token ids."""
-    processor = built.processor
     return lambda prompt: processor.text(prompt) if isinstance(prompt, str) else processor.token_ids(prompt)
 
 
@@ -88,12 +85,12 @@ def _check_token_ids(params: SamplingParams, vocab_size: int) -> None:
     for name, token_ids in (("stop_token_ids", params.stop_token_ids or ()), ("logit_bias", params.biases)):
         for token_id in token_ids:
             if not 0 <= token_id < vocab_size:
-                raise ParameterError(f"{name} must be in [0, {vocab_size}). Given: {token_id}")
+                raise ParameterError(f"{name} must be in [0, {vocab_size}). Given: {token_id}", name)
 
 
 def _check_order(priority: int, timeout: float | None) -> None:
     if isinstance(priority, bool) or not isinstance(priority, int):
-        raise ParameterError(f"priority must be an integer; smaller goes first. Given: {priority!r}")
+        raise ParameterError(f"priority must be an integer; smaller goes first. Given: {priority!r}", "priority")
     is_number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
     if timeout is not None and not (is_number and 0 < timeout < float("inf")):
-        raise ParameterError(f"timeout must be seconds above 0. Given: {timeout!r}")
+        raise ParameterError(f"timeout must be seconds above 0. Given: {timeout!r}", "timeout")

@@ -66,7 +66,9 @@ class KVCacheManager:
         return hashes
 
     def _root(self, sequence: Sequence) -> bytes:
-        return b"" if self._enable_prefix_caching else f"request {sequence.request.request_id}".encode()
+        request = sequence.request
+        salt = request.prompt.cache_salt
+        return salt.encode() if self._enable_prefix_caching else f"request {request.request_id}".encode()
 
     def num_cached_tokens(self, sequence: Sequence) -> int:
         """Tokens at the beginning of a sequence that `admit` would find in the cache."""

@@ -16,6 +16,7 @@ from wemm.engine.build import BuiltEngine, build_engine
 from wemm.engine.engine import EngineStats
 from wemm.engine.intake import Intake, Process, process_text_or_ids
 from wemm.engine.sequence import Request
+from wemm.engine.structured import GrammarCompiler
 from wemm.errors import EngineError, ParameterError, PromptError
 from wemm.processing.chat_template import Message
 from wemm.processing.processor import ProcessedPrompt
@@ -43,7 +44,9 @@ class LLM:
     def __init__(self, model: str | Path, *, progress: ProgressBar = silent, **options: Any) -> None:
         self.config: EngineConfig = engine_config(model, options)
         self._built: BuiltEngine | None = build_engine(self.config, progress)
-        self._intake = Intake(self._built, self.config.seed)
+        vocab_size = self._built.source.config.text.vocab_size
+        grammars = GrammarCompiler(self._built.tokenizer, vocab_size)
+        self._intake = Intake(self._built.default_sampling_params, grammars, self.config.seed)
         self._mailboxes: dict[str, deque[RequestOutput]] = {}
 
     def chat(
@@ -78,7 +81,7 @@ class LLM:
         timeout: float | None = None,
     ) -> list[RequestOutput]:
         """Continue raw text (BOS is prepended, no template) or token ids, one prompt or a list."""
-        process = process_text_or_ids(self._open)
+        process = process_text_or_ids(self._open.processor)
         is_token_ids = isinstance(prompts, Sequence) and bool(prompts) and isinstance(prompts[0], int)
         is_single = isinstance(prompts, str) or is_token_ids
         return self._run(

@@ -261,6 +261,8 @@ class Scheduler:
             if not self._kv_cache.can_admit(sequence):
                 break  # nobody behind may take the blocks it waits for
             sequence.num_computed_tokens = self._kv_cache.admit(sequence)
+            if sequence.num_cached_tokens is None:
+                sequence.num_cached_tokens = sequence.num_computed_tokens
             self._waiting.remove(queued)
             self._running.append(queued)
             entry = ScheduledSequence(sequence, num_new)

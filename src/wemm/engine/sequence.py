@@ -42,6 +42,8 @@ class Sequence:
     speculator: Speculator
     grammar: GrammarWalk | None = None
     num_computed_tokens: int = 0
+    num_cached_tokens: int | None = None
+    """Of the prompt, found in the prefix cache when it first ran; None before."""
     output_token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     cumulative_logprob: float = 0.0

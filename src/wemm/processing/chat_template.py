@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wemm.errors import PromptError
+from wemm.processing.resize import DETAILS
 from wemm.processing.tokenizer import IM_END, IM_START
 
 ROLES = ("system", "user", "assistant")
@@ -39,6 +40,8 @@ class ImagePart:
 
     source: Any
     param: str
+    detail: str = DETAILS[0]
+    """One of DETAILS."""
 
 
 Segment = Text | Control | ImagePart
@@ -47,7 +50,7 @@ Segment = Text | Control | ImagePart
 def render(messages: Sequence[Message]) -> list[Segment]:
     """Segments of a conversation up to and including the assistant's header. Raises PromptError."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise PromptError("messages must be a non-empty list of {role, content}")
+        raise PromptError("messages must be a non-empty list of {role, content}", "messages")
     segments: list[Segment] = []
     for i, message in enumerate(messages):
         role, parts = _parse_message(message, f"messages[{i}]")
@@ -56,24 +59,27 @@ def render(messages: Sequence[Message]) -> list[Segment]:
             segments += [Text("\n"), part] if j else [part]
         segments.append(Control(IM_END))
     if messages[-1]["role"] != "user":
-        raise PromptError(f"the last message must be the user's. Given: {messages[-1]['role']!r}")
+        raise PromptError(f"the last message must be the user's. Given: {messages[-1]['role']!r}", "messages")
     segments += [Control(IM_START), Text("assistant\n")]
     return _merge_text(segments)
 
 
 def _parse_message(message: Any, param: str) -> tuple[str, list[Text | ImagePart]]:
     if not isinstance(message, Mapping):
-        raise PromptError(f"{param} must be an object with role and content. Given: {type(message).__name__}")
+        problem = f"{param} must be an object with role and content. Given: {type(message).__name__}"
+        raise PromptError(problem, param)
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise PromptError(f"{param}.role must be one of {', '.join(ROLES)}. Given: {role!r}")
+        problem = f"{param}.role must be one of {', '.join(ROLES)}. Given: {role!r}"
+        raise PromptError(problem, f"{param}.role")
     if isinstance(content, str):
         return role, [Text(content)]
     if not isinstance(content, Sequence) or isinstance(content, (bytes, bytearray)) or not content:
-        raise PromptError(f"{param}.content must be a string or a non-empty list of parts")
+        problem = f"{param}.content must be a string or a non-empty list of parts"
+        raise PromptError(problem, f"{param}.content")
     parts = [_parse_part(part, f"{param}.content[{j}]") for j, part in enumerate(content)]
     if role != "user" and any(isinstance(part, ImagePart) for part in parts):
-        raise PromptError(f"{param}: only the user's messages may hold images")
+        raise PromptError(f"{param}: only the user's messages may hold images", f"{param}.content")
     return role, parts
 
 
@@ -82,17 +88,26 @@ def _parse_part(part: Any, param: str) -> Text | ImagePart:
     if kind == "text" and isinstance(part.get("text"), str):
         return Text(part["text"])
     if kind == "image" and part.get("image") is not None:
-        return ImagePart(part["image"], f"{param}.image")
+        return ImagePart(part["image"], f"{param}.image", _parse_detail(part, f"{param}.detail"))
     if kind == "image_url":
-        url = part.get("image_url")
-        url = url.get("url") if isinstance(url, Mapping) else url
+        holder = part.get("image_url")
+        url = holder.get("url") if isinstance(holder, Mapping) else holder
         if not isinstance(url, str) or ":" not in url:
-            raise PromptError(f"{param}.image_url must hold a URL")
-        return ImagePart(url, f"{param}.image_url")
+            raise PromptError(f"{param}.image_url must hold a URL", f"{param}.image_url")
+        detail = _parse_detail(holder if isinstance(holder, Mapping) else {}, f"{param}.image_url.detail")
+        return ImagePart(url, f"{param}.image_url", detail)
     raise PromptError(
         f'{param} must be {{"type": "text", "text": …}}, {{"type": "image", "image": …}} '
-        'or {"type": "image_url", "image_url": {"url": …}}'
+        'or {"type": "image_url", "image_url": {"url": …}}',
+        param,
     )
+
+
+def _parse_detail(holder: Mapping[str, Any], param: str) -> str:
+    detail = holder.get("detail") or DETAILS[0]
+    if detail not in DETAILS:
+        raise PromptError(f"{param} must be one of {', '.join(DETAILS)}. Given: {detail!r}", param)
+    return detail
 
 
 def _merge_text(segments: Sequence[Segment]) -> list[Segment]:

@@ -1,8 +1,10 @@
-"""Resize rule, token count and normalisation of the original's image processor, bit for bit."""
+"""The original's image processor, bit for bit: an image → pixels, patches and their positions.
+
+The resize rule is in resize.py.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 
@@ -11,32 +13,27 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from wemm.config import ImageConfig, ModelConfig
+from wemm.config import ModelConfig
+from wemm.processing.resize import (
+    NUM_SEPARATORS_PER_IMAGE,
+    ImagePlan,
+    hash_pixels,
+    plan_image,
+    resize_image,
+    resized_size,
+)
 
-NUM_SEPARATORS_PER_IMAGE = 2
-"""Separator rows 0 and 1 enclose the grid tokens of an image."""
-
-
-@dataclass(frozen=True)
-class ImagePlan:
-    """What an image becomes, from its width and height alone."""
-
-    resized: tuple[int, int]
-    """(width, height) after the resize."""
-    patch_grid: tuple[int, int]
-    """(rows, columns) of vision-tower patches."""
-    token_grid: tuple[int, int]
-    """(rows, columns) after the downsampler."""
-
-    @property
-    def num_patches(self) -> int:
-        """Vision-tower sequence length."""
-        return self.patch_grid[0] * self.patch_grid[1]
-
-    @property
-    def num_tokens(self) -> int:
-        """Prompt positions, separators included."""
-        return self.token_grid[0] * self.token_grid[1] + NUM_SEPARATORS_PER_IMAGE
+__all__ = [
+    "NUM_SEPARATORS_PER_IMAGE",
+    "ImagePlan",
+    "ImageProcessor",
+    "ProcessedImage",
+    "normalize_pixels",
+    "patchify",
+    "position_buckets",
+    "position_ids",
+    "resized_size",
+]
 
 
 @dataclass(frozen=True)
@@ -53,40 +50,17 @@ class ImageProcessor:
     """The image rules of one checkpoint."""
 
     def __init__(self, config: ModelConfig) -> None:
-        self._image = config.image
-        self._patch_size = config.vision.patch_size
-        self._kernel_size = config.downsampler.kernel_size
+        self._config = config
 
-    def plan(self, width: int, height: int) -> ImagePlan:
-        """Cost of an image of `width` x `height` pixels, without decoding it."""
-        resized = resized_size(width, height, self._image)
-        patch_grid = (-(-resized[1] // self._patch_size), -(-resized[0] // self._patch_size))
-        token_grid = (-(-patch_grid[0] // self._kernel_size), -(-patch_grid[1] // self._kernel_size))
-        return ImagePlan(resized, patch_grid, token_grid)
+    def plan(self, width: int, height: int, detail: str = "auto") -> ImagePlan:
+        """Cost of an image of `width` x `height` pixels, without decoding it. Raises PromptError."""
+        return plan_image(width, height, self._config, detail)
 
-    def process(self, image: Image.Image) -> ProcessedImage:
-        """Resize an RGB image. Bilinear with antialiasing on uint8, as PIL does it."""
-        plan = self.plan(image.width, image.height)
-        pixels = np.array(image.resize(plan.resized, Image.Resampling.BILINEAR))
-        digest = hashlib.sha256(f"{pixels.shape}".encode())
-        digest.update(pixels.tobytes())
-        return ProcessedImage(torch.from_numpy(pixels), plan, digest.hexdigest())
-
-
-def resized_size(width: int, height: int, config: ImageConfig) -> tuple[int, int]:
-    """(width, height) after the resize: the long edge becomes `longest_edge`, up or down.
-
-    Double precision and `int()` truncation on purpose: some exact results come out one pixel
-    short, and the reference has them so (reference 2.3).
-    """
-    if config.fixed_size is not None:
-        return config.fixed_size[1], config.fixed_size[0]
-    aspect_ratio = width / height
-    if width >= height:
-        new_width, new_height = config.longest_edge, int(config.longest_edge / aspect_ratio)
-    else:
-        new_width, new_height = int(config.longest_edge * aspect_ratio), config.longest_edge
-    return max(new_width, config.shortest_edge), max(new_height, config.shortest_edge)
+    def process(self, image: Image.Image, detail: str = "auto") -> ProcessedImage:
+        """Resize an RGB image; how far is the model's rule and `detail`. Raises PromptError."""
+        plan = self.plan(image.width, image.height, detail)
+        pixels = resize_image(image, plan.resized)
+        return ProcessedImage(torch.from_numpy(pixels), plan, hash_pixels(pixels))
 
 
 def normalize_pixels(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:

@@ -70,22 +70,25 @@ class _Quiet:
 _QUIET = _Quiet()
 
 
-def open_image(source: Any, reference_image_mode: bool = False) -> Image.Image:
+def open_image(
+    source: Any, reference_image_mode: bool = False, max_image_pixels: int = MAX_IMAGE_PIXELS
+) -> Image.Image:
     """An image as the model sees it before resizing: mode RGB, upright, first frame.
 
-    `source` is a path, bytes, a `data:` URL or a PIL image. EXIF orientation is applied and
-    transparency composited on white, unless `reference_image_mode` asks for the original's
-    behaviour (both ignored, 16-bit samples clipped). Raises MediaError.
+    `source` is a path, bytes, a `data:` URL or a PIL image of at most `max_image_pixels`. EXIF
+    orientation is applied and transparency composited on white, unless `reference_image_mode`
+    asks for the original's behaviour (both ignored, 16-bit samples clipped). Raises MediaError.
     """
     with _QUIET:
         if isinstance(source, Image.Image):
             with _LOADING:
-                return _convert(source, reference_image_mode)
-        return _convert(_decode(*_read(source)), reference_image_mode)
+                return _convert(source, reference_image_mode, max_image_pixels)
+        image = _decode(*_read(source), max_image_pixels)
+        return _convert(image, reference_image_mode, max_image_pixels)
 
 
-def _convert(image: Image.Image, reference_image_mode: bool) -> Image.Image:
-    _check_size("image", image)
+def _convert(image: Image.Image, reference_image_mode: bool, max_image_pixels: int) -> Image.Image:
+    _check_size("image", image, max_image_pixels)
     with _decoding("image cannot be converted to RGB"):
         return image.convert("RGB") if reference_image_mode else _to_rgb(_upright(image))
 
@@ -106,7 +109,7 @@ def _read(source: Any) -> tuple[bytes, str]:
         return _read_file(source)
     if isinstance(source, str):
         if source[:5].lower() == "data:":
-            return _read_data_url(source), "data: URL"
+            return read_data_url(source), "data: URL"
         scheme = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+):/", source)
         if scheme is not None:
             raise MediaError(f"{scheme[1]}: URLs are not fetched; give a path, bytes or a data: URL")
@@ -134,12 +137,14 @@ def _read_file(path: Path) -> tuple[bytes, str]:
         raise MediaError(f"{name} cannot be read: {reason}") from None
 
 
-def _read_data_url(url: str) -> bytes:
+def read_data_url(url: str, max_bytes: int | None = None) -> bytes:
+    """Bytes of a base64 `data:` URL, whatever type it claims; at most MAX_IMAGE_BYTES or fewer. Raises MediaError."""
+    max_bytes = MAX_IMAGE_BYTES if max_bytes is None else max_bytes
     header, comma, payload = url.partition(",")
     if not comma or not header.lower().endswith(";base64"):
         raise MediaError("a data: URL must read data:image/TYPE;base64,DATA")
-    if len(payload) * 3 // 4 > MAX_IMAGE_BYTES:
-        raise MediaError(f"data: URL of {len(payload)} characters; at most {MAX_IMAGE_BYTES} bytes are read")
+    if len(payload) * 3 // 4 > max_bytes:
+        raise MediaError(f"data: URL of {len(payload)} characters; at most {max_bytes} bytes are read")
     try:
         return _checked(base64.b64decode("".join(payload.split()), validate=True), "data: URL")
     except (binascii.Error, ValueError) as error:
@@ -154,30 +159,30 @@ def _checked(data: bytes, name: str) -> bytes:
     return data
 
 
-def _decode(data: bytes, name: str) -> Image.Image:
+def _decode(data: bytes, name: str, max_image_pixels: int) -> Image.Image:
     with _decoding(f"{name} has a damaged image header"):
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except Image.DecompressionBombError as error:
             pixels = re.search(r"\d+", str(error))
-            raise _too_large(name, pixels[0] if pixels else "too many") from None
+            raise _too_large(name, pixels[0] if pixels else "too many", max_image_pixels) from None
         except UnidentifiedImageError:
             raise MediaError(f"{name} is not an image in one of the formats {', '.join(FORMATS)}") from None
-    _check_size(name, image)
+    _check_size(name, image, max_image_pixels)
     with _decoding(f"{name}: {image.format} image is damaged or truncated"):
         image.load()
     return image
 
 
-def _check_size(name: str, image: Image.Image) -> None:
+def _check_size(name: str, image: Image.Image, max_image_pixels: int) -> None:
     if image.width < 1 or image.height < 1:
         raise MediaError(f"{name} has no pixels: {image.width}x{image.height}")
-    if image.width * image.height > MAX_IMAGE_PIXELS:
-        raise _too_large(name, f"{image.width}x{image.height}")
+    if image.width * image.height > max_image_pixels:
+        raise _too_large(name, f"{image.width}x{image.height}", max_image_pixels)
 
 
-def _too_large(name: str, pixels: str) -> MediaError:
-    return MediaError(f"{name}: image of {pixels} pixels is too large; at most {MAX_IMAGE_PIXELS}, scale it down")
+def _too_large(name: str, pixels: str, max_image_pixels: int) -> MediaError:
+    return MediaError(f"{name}: image of {pixels} pixels is too large; at most {max_image_pixels}, scale it down")
 
 
 def _upright(image: Image.Image) -> Image.Image:

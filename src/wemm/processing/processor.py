@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from wemm.errors import MediaError, PromptError, PromptTooLongError
 from wemm.processing.chat_template import Control, ImagePart, Message, Segment, Text, render
@@ -13,6 +15,9 @@ from wemm.processing.tokenizer import Tokenizer
 
 IMAGE_TOKEN_ID = -200
 """Stands for every prompt position that an image fills."""
+
+ReadImage = Callable[[Any, str], ProcessedImage]
+"""(path, bytes, data: URL or PIL image; detail) → what the tower sees. Raises MediaError."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +39,33 @@ class ProcessedPrompt:
 
     token_ids: tuple[int, ...]
     image_spans: tuple[ImageSpan, ...] = ()
+    cache_salt: str = ""
+    """Caches are shared among prompts of one salt only."""
+
+    def salted(self, cache_salt: str) -> ProcessedPrompt:
+        """The same prompt, apart from all with another salt."""
+        if not cache_salt:
+            return self
+        return replace(
+            self,
+            cache_salt=cache_salt,
+            image_spans=tuple(replace(s, image=_salted(s.image, cache_salt)) for s in self.image_spans),
+        )
 
     @property
     def num_image_tokens(self) -> int:
         """Positions that come from images."""
         return sum(span.image.plan.num_tokens for span in self.image_spans)
+
+
+def _salted(image: ProcessedImage, cache_salt: str) -> ProcessedImage:
+    digest = hashlib.sha256(f"{cache_salt}\n{image.sha256}".encode())
+    return replace(image, sha256=digest.hexdigest())
+
+
+def image_reader(image_processor: ImageProcessor, reference_image_mode: bool = False) -> ReadImage:
+    """Read, decode and resize in the calling thread."""
+    return lambda source, detail: image_processor.process(open_image(source, reference_image_mode), detail)
 
 
 class Processor:
@@ -47,17 +74,15 @@ class Processor:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        image_processor: ImageProcessor,
+        read_image: ReadImage,
         max_prompt_len: int,
         vocab_size: int,
-        reference_image_mode: bool = False,
     ) -> None:
         """`max_prompt_len` leaves room for one answer token; `vocab_size` bounds ids given directly."""
         self._tokenizer = tokenizer
-        self._image_processor = image_processor
+        self._read_image = read_image
         self._max_prompt_len = max_prompt_len
         self._vocab_size = vocab_size
-        self._reference_image_mode = reference_image_mode
 
     def chat(self, messages: Sequence[Message]) -> ProcessedPrompt:
         """A conversation, rendered by the chat template. Raises PromptError, MediaError."""
@@ -98,9 +123,9 @@ class Processor:
 
     def _open_image(self, part: ImagePart) -> ProcessedImage:
         try:
-            return self._image_processor.process(open_image(part.source, self._reference_image_mode))
+            return self._read_image(part.source, part.detail)
         except MediaError as error:
-            raise MediaError(f"{part.param}: {error}") from None
+            raise MediaError(f"{part.param}: {error}", part.param) from None
 
     def _check_len(self, length: int) -> None:
         if length > self._max_prompt_len:
