@@ -279,3 +279,9 @@ def parse_bytes(text: str) -> int:
     if not match:
         raise ParameterError(f"a size is written like 4GiB, 512MiB or 1073741824. Given: {text!r}")
     return int(float(match[1]) * _BYTE_UNITS[match[2].upper()])
+
+
+def format_bytes(size: int) -> str:
+    """4294967296 → `4GiB`, in the largest unit that leaves a whole number; `parse_bytes` reads it back."""
+    unit = next(u for u in ("T", "G", "M", "K", "") if size % _BYTE_UNITS[u] == 0)
+    return f"{size // _BYTE_UNITS[unit]}{unit}iB" if unit else str(size)

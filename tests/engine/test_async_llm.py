@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from wemm import AsyncLLM, SamplingParams
+from wemm import AsyncLLM, SamplingParams, StructuredOutputsParams
 from wemm.errors import (
     EngineDeadError,
     EngineError,
@@ -180,6 +180,16 @@ def test_a_model_that_cannot_be_loaded_is_the_callers_mistake():
         AsyncLLM("no-such-model")
     with pytest.raises(InsufficientMemoryError):
         AsyncLLM("tiny", **{**MODEL, "kv_cache_memory": 1000})
+
+
+def test_answers_follow_a_grammar_there_too(ask):
+    params = SamplingParams(max_tokens=20, structured_outputs=StructuredOutputsParams(choice=["purple", "orange"]))
+
+    async def run():
+        async with AsyncLLM("tiny", **MODEL) as engine:
+            assert _joined(await _collect(engine.chat(ask("hi"), params)))[0] in ("purple", "orange")
+
+    asyncio.run(run())
 
 
 def test_requests_of_another_salt_share_no_cache(ask, golden_images):

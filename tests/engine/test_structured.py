@@ -45,6 +45,16 @@ def test_a_schema_is_followed(llm, ask, temperature):
         assert len(value["name"]) <= 6
 
 
+def test_a_tokenizer_that_begins_texts_with_a_space_does_not_put_one_into_answers():
+    """Nano's does. The real answers of a model that was never taught JSON."""
+    with LLM("nano", dtype="float32", device="cpu", max_model_len=512) as nano:
+        message = [{"role": "user", "content": "?"}]
+        [output] = nano.chat(message, _params(temperature=0.0, json=SCHEMA))
+        assert set(json.loads(output.outputs[0].text)) == {"name", "count"}
+        [output] = nano.chat(message, _params(temperature=0.0, choice=["{a}", "{好}"]))
+        assert output.outputs[0].text in ("{a}", "{好}")
+
+
 def test_an_expression_is_matched(llm, ask):
     for text in _texts(llm, ask, _params(regex=r"[A-Z]{3}-\d{2,4}")):
         assert re.fullmatch(r"[A-Z]{3}-\d{2,4}", text)

@@ -16,7 +16,7 @@ import typer
 from typer.main import get_command
 
 from wemm import __version__
-from wemm.cli import bench, chat, convert, generate, info
+from wemm.cli import bench, chat, convert, generate, info, serve
 from wemm.errors import ClientError, WemmError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
 app.command("info")(info.info)
 app.command("convert")(convert.convert)
 app.add_typer(bench.app, name="bench")

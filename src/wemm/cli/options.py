@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, replace
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
-from wemm.config import EngineConfig, parse_bytes
+from wemm.config import EngineConfig, format_bytes, parse_bytes
+from wemm.errors import ParameterError
 from wemm.request import SamplingParams
 
 _SAMPLING_OPTIONS = (
@@ -27,8 +28,13 @@ _SAMPLING_OPTIONS = (
     "repetition_guard",
     "ignore_eos",
 )
-_PARSERS: dict[str, Callable[[str], Any]] = {"kv_cache_memory": parse_bytes, "image_cache_memory": parse_bytes}
+_PARSERS: dict[str, Callable[[str], Any]] = dict.fromkeys(
+    ("kv_cache_memory", "image_cache_memory", "max_image_size", "max_body_size", "max_queued_bytes"), parse_bytes
+)
 _SHORT = {"model": "-m"}
+_MODEL_HELP = EngineConfig.__dataclass_fields__["model"].metadata["help"]
+
+Config = TypeVar("Config")
 
 
 class SamplingOverrides:
@@ -50,6 +56,46 @@ def engine_options(command: Callable[..., None]) -> Callable[..., None]:
 def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the sampling options; it takes them as `sampling`."""
     return _add_options(command, "sampling", _sampling_parameters(), SamplingOverrides)
+
+
+class ServeOptions:
+    """What `wemm serve` was told on the command line, which wins over a file."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self._values = values
+
+    def engine(self, context: typer.Context, from_file: Mapping[str, Any]) -> EngineConfig:
+        """Raises ParameterError if neither says which model."""
+        values = self._merged(EngineConfig, context, from_file)
+        if not values.get("model"):
+            raise ParameterError("give --model, or --config with a file that names one", "model")
+        return EngineConfig(**values)
+
+    def server(self, config: type[Config], context: typer.Context, from_file: Mapping[str, Any]) -> Config:
+        """The other half."""
+        return config(**self._merged(config, context, from_file))
+
+    def _merged(self, config: Any, context: typer.Context, from_file: Mapping[str, Any]) -> dict[str, Any]:
+        own = {field.name: self._values[field.name] for field in fields(config)}
+        return {**own, **{name: value for name, value in from_file.items() if not _is_given(context, name)}}
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def serve_options(config: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command every field of EngineConfig and of the server's config; it takes them as `options`."""
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        engine = [
+            parameter if parameter.name != "model" else _parameter("model", str | None, _MODEL_HELP, None)
+            for parameter in _engine_parameters()
+        ]
+        return _add_options(command, "options", [*_config_parameters(config), *engine], ServeOptions)
+
+    return add
 
 
 def _add_options(
@@ -80,12 +126,22 @@ def _add_options(
 
 
 def _engine_parameters() -> list[inspect.Parameter]:
-    hints = get_type_hints(EngineConfig)
+    return _config_parameters(EngineConfig)
+
+
+def _config_parameters(config: type[Any]) -> list[inspect.Parameter]:
+    hints = get_type_hints(config)
     parameters = []
-    for field in fields(EngineConfig):
-        required = field.default is MISSING
+    for field in fields(config):
+        default = field.default if field.default is not MISSING else field.default_factory
+        if default is MISSING:
+            default = ...
+        elif callable(default):
+            default = default()
         kind = str | None if field.name in _PARSERS else hints[field.name]
-        parameters.append(_parameter(field.name, kind, field.metadata["help"], ... if required else field.default))
+        if field.name in _PARSERS and isinstance(default, int):
+            default = format_bytes(default)
+        parameters.append(_parameter(field.name, kind, field.metadata["help"], default))
     return parameters
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -119,7 +119,7 @@ class AsyncLLM:
         priority: int = 0,
         timeout: float | None = None,
         cache_salt: str = "",
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Answer one conversation (see `LLM.chat`), in deltas; the last output is `finished`.
 
         Requests share caches with those of the same `cache_salt` only.
@@ -136,7 +136,7 @@ class AsyncLLM:
         priority: int = 0,
         timeout: float | None = None,
         cache_salt: str = "",
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Continue raw text or token ids (see `LLM.generate`), in deltas."""
         self._check_open()
         process = process_text_or_ids(self.processor)
@@ -156,13 +156,14 @@ class AsyncLLM:
         future = self._intake.submit(prompt, process, sampling_params, priority, timeout, cache_salt)
         return await asyncio.wrap_future(future)
 
-    async def answer(self, request: Request) -> AsyncIterator[RequestOutput]:
+    async def answer(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """The second half: compute a prepared request, in deltas."""
         request_id = request.request_id
         mailbox = self._mailboxes[request_id] = _Mailbox()
         try:
             self._check_open()
-            self._process.order("add_request", request)
+            # Its grammar is compiled once more over there: it cannot travel.
+            self._process.order("add_request", replace(request, grammar=None))
             finished = False
             while not finished:
                 output = await mailbox.get()
@@ -215,7 +216,7 @@ class AsyncLLM:
         if self._end is not None:
             raise self._end
 
-    async def _both(self, prepare: Callable[[], Any]) -> AsyncIterator[RequestOutput]:
+    async def _both(self, prepare: Callable[[], Any]) -> AsyncGenerator[RequestOutput, None]:
         async with contextlib.aclosing(self.answer(await prepare())) as outputs:
             async for output in outputs:
                 yield output

@@ -91,7 +91,11 @@ class Pipe:
 
     def send(self, value: Any) -> None:
         """Raises OSError if the other end is gone."""
-        self._connection.send_bytes(pickle.dumps(value, pickle.HIGHEST_PROTOCOL))
+        self.send_pickled(pickle.dumps(value, pickle.HIGHEST_PROTOCOL))
+
+    def send_pickled(self, value: bytes) -> None:
+        """The same for what is pickled already."""
+        self._connection.send_bytes(value)
 
     def receive(self) -> Any:
         """Waits. Raises EOFError or OSError if the other end is gone."""
@@ -113,7 +117,7 @@ class EngineProcess:
                 [sys.executable, "-m", "wemm.engine.engine_host", str(theirs.fileno())], pass_fds=[theirs.fileno()]
             )
         self._pipe = Pipe(ours.detach())
-        self._orders: queue.SimpleQueue[tuple[str, tuple[Any, ...]] | None] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._closing = False
         try:
             self._pipe.send(asdict(config))
@@ -138,8 +142,9 @@ class EngineProcess:
         self._receiver.start()
 
     def order(self, name: str, *arguments: Any) -> None:
-        """Call a method of the engine before its next step. Never blocks."""
-        self._orders.put((name, arguments))
+        """Call a method of the engine before its next step. Never waits for it."""
+        # Pickled here, so that what cannot be is the caller's to hear of.
+        self._orders.put(pickle.dumps((name, arguments), pickle.HIGHEST_PROTOCOL))
 
     def close(self) -> None:
         """End it and wait."""
@@ -185,7 +190,7 @@ class EngineProcess:
                 if order is None:
                     self._pipe.send(None)
                     return
-                self._pipe.send(order)
+                self._pipe.send_pickled(order)
             except OSError:  # it has ended: the receiver says so
                 return
 

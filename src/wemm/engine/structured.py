@@ -19,6 +19,7 @@ from wemm.processing.tokenizer import Tokenizer
 from wemm.request import StructuredOutputsParams
 
 _ANY_OBJECT = {"type": "object"}
+_BEFORE = "assistant\n"
 # JSON allows any amount of white space between tokens, and a model that is in doubt may never stop writing it.
 _JSON_OPTIONS = {"whitespace_pattern": r"[ \n\r\t]{0,16}"}
 
@@ -46,9 +47,10 @@ class GrammarCompiler:
                 source = matcher_type.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS)
             matcher = matcher_type(self._vocabulary, source, log_level=0)
         except ValueError as error:
-            raise ParameterError(f"structured_outputs.{params.kind}: {error}") from None
+            raise ParameterError(f"structured_outputs.{params.kind}: {error}", "structured_outputs") from None
         if matcher.is_error():
-            raise ParameterError(f"structured_outputs.{params.kind}: {' '.join(matcher.get_error().split())}")
+            problem = f"structured_outputs.{params.kind}: {' '.join(matcher.get_error().split())}"
+            raise ParameterError(problem, "structured_outputs")
         return Grammar(matcher, self.vocab_size)
 
     @cached_property
@@ -68,9 +70,15 @@ class _Vocabulary:
         self.special_token_ids = list(special_ids)
         self.tokens = [tokenizer.token_bytes(token_id) for token_id in range(vocab_size)]
         self._tokenizer = tokenizer
+        self._before = tokenizer.encode(_BEFORE)
 
     def __call__(self, text: bytes | str) -> list[int]:
-        return self._tokenizer.encode(text.decode() if isinstance(text, bytes) else text)
+        """Ids of a stretch of an answer. At the start of a text SentencePiece may put a space that is not there."""
+        spelled = text.encode() if isinstance(text, str) else text
+        ids = self._tokenizer.encode(_BEFORE + spelled.decode(errors="replace"))[len(self._before) :]
+        if b"".join(self.tokens[token_id] for token_id in ids) == spelled:
+            return ids
+        return [self._tokenizer.id_of_byte(byte) for byte in spelled]
 
 
 class Grammar:
@@ -100,7 +108,9 @@ class GrammarWalk:
     def accept(self, token_id: int) -> None:
         """The answer goes on with this token. Raises StructuredOutputError if the grammar has no place for it."""
         if not self._matcher.consume_token(token_id):
-            raise StructuredOutputError(f"the grammar failed: {' '.join(self._matcher.get_error().split())}")
+            # Behind the first sentence it prints the whole grammar.
+            reason = " ".join(self._matcher.get_error().split("<state>")[0].split())
+            raise StructuredOutputError(f"the grammar failed: {reason}")
 
 
 def _import_llguidance() -> Any:

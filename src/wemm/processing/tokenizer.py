@@ -113,6 +113,10 @@ class Tokenizer:
         """The byte of a byte-fallback token."""
         return self._byte_of.get(token_id)
 
+    def id_of_byte(self, byte: int) -> int:
+        """The byte-fallback token of a byte."""
+        return int(self._model.piece_to_id(f"<0x{byte:02X}>"))
+
     def token_bytes(self, token_id: int) -> bytes:
         """What one token adds to an answer; empty outside the vocabulary."""
         byte = self.byte_of(token_id)

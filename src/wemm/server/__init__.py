@@ -1,0 +1,1 @@
+"""The service: HTTP in, requests to the engine, answers out."""

@@ -1,0 +1,75 @@
+"""Server-sent events: lines, signs of life while nothing happens, an end that says what went wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from starlette.responses import StreamingResponse
+
+from wemm.server.service import Service
+
+_KEEP_ALIVE_SECONDS = 15.0
+_KEEP_ALIVE = ": keep-alive\n\n"
+DONE = "data: [DONE]\n\n"
+
+
+def event(data: Any) -> str:
+    """One event with a JSON body."""
+    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+class EventStream(StreamingResponse):
+    """Events of an iterator that may fail in the middle."""
+
+    def __init__(
+        self,
+        events: AsyncIterator[str],
+        service: Service,
+        describe: Callable[[Exception], Mapping[str, Any]],
+        end: str = "",
+    ) -> None:
+        """`describe` makes the body of an event of whatever failed; `end` is sent last in any case."""
+        super().__init__(
+            _alive(_until_failure(events, service, describe, end)),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+        )
+
+
+async def _until_failure(
+    events: AsyncIterator[str], service: Service, describe: Callable[[Exception], Mapping[str, Any]], end: str
+) -> AsyncIterator[str]:
+    try:
+        async for line in events:
+            yield line
+    except Exception as error:  # noqa: BLE001 - the status is sent: whatever it is, it becomes an event
+        service.note(error)
+        yield event(describe(error))
+    if end:
+        yield end
+
+
+async def _alive(lines: AsyncIterator[str]) -> AsyncIterator[str]:
+    """The same lines, and a comment wherever none came for a while: proxies cut what is silent."""
+    following = asyncio.ensure_future(anext(lines))
+    try:
+        while True:
+            done, _ = await asyncio.wait({following}, timeout=_KEEP_ALIVE_SECONDS)
+            if not done:
+                yield _KEEP_ALIVE
+                continue
+            try:
+                line = following.result()
+            except StopAsyncIteration:
+                return
+            yield line
+            following = asyncio.ensure_future(anext(lines))
+    finally:
+        following.cancel()
+        with suppress(BaseException):
+            await following
+        await lines.aclose()  # type: ignore[attr-defined]
