@@ -118,7 +118,8 @@ def let_text_teach(linear: nn.Module) -> None:
         x, image_rows = inputs
         module.weight.requires_grad_(True)
         is_text = torch.ones(len(x), dtype=torch.bool).index_fill(0, image_rows, False)
-        return _TaughtByText.apply(module.weight, x.detach(), y, is_text)
+        apply: Any = _TaughtByText.apply
+        return apply(module.weight, x.detach(), y, is_text)
 
     linear.register_forward_pre_hook(keep)
     linear.register_forward_hook(teach)

@@ -173,6 +173,8 @@ TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
 
 def option(default: Any, text: str) -> Any:
     """A dataclass field whose text is also the `--help` of the command-line option."""
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"help": text})
     return field(default=default, metadata={"help": text})
 
 

@@ -26,21 +26,10 @@ class Served:
     """A running service."""
 
     def __init__(self, *options: str, model: str = "nano", env: dict[str, str] | None = None) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "wemm",
-            "serve",
-            "--model",
-            model,
-            "--device",
-            "cpu",
-            "--port",
-            "0",
-            *options,
-        ]
+        command = [sys.executable, "-m", "wemm", "serve", "--model", model, "--device", "cpu", "--port", "0"]
         if model == "nano":
             command += ["--dtype", "float32", "--max-model-len", "1024"]
+        command += options
         self.process = subprocess.Popen(
             command, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}
         )

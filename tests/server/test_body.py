@@ -255,6 +255,19 @@ def test_the_body_is_held_by_nobody_but_the_application():
     assert count <= 2  # its own name, and the argument
 
 
+def test_nothing_is_left_of_a_request():
+    async def app(scope, receive, send):
+        pass
+
+    async def test():
+        before = asyncio.all_tasks()
+        await _call(BodyLimit(app, LIMIT))
+        await asyncio.sleep(0)
+        assert asyncio.all_tasks() == before
+
+    run(test)
+
+
 def test_the_application_may_parse_with_the_limits_of_the_middleware():
     async def app(scope, receive, send):
         parse = scope["state"]["parse_json"]
@@ -358,8 +371,9 @@ def test_depth_is_bounded_before_anything_is_built(body):
 
 
 def test_depth_counts_no_brackets_in_strings():
-    for text in ("[" * 1000, '"[' * 50, "\\" * 7 + "[" * 50, '\\"' + "{" * 50, "]" * 100 + "[" * 100):
-        assert parse_json(json.dumps([text, {text: text}]).encode()) == [text, {text: text}]
+    for text in ("[" * 1000, '"[' * 50, "\\" * 7 + "[" * 50, '\\"' + "{" * 50, "]" * 100 + "[" * 100, "\\"):
+        value = [text, {text: "[" * 50}]
+        assert parse_json(json.dumps(value).encode()) == value
     assert parse_json(b"[" * 32 + b"]" * 32)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 
 import pytest
@@ -25,7 +26,7 @@ from tests.server.sockets import (
 from wemm.server.connection import ConnectionLimits
 
 SHORT = 0.3
-LONG = 20.0
+LONG = 1000.0
 
 
 def _limits(**changes):
@@ -130,6 +131,18 @@ def test_headers_are_bounded(headers, in_pieces):
     run(test)
 
 
+def test_headers_without_end_are_bounded():
+    async def test():
+        async with running(answer, limits=_limits()) as [url]:
+            async with await Client.connect(url) as client:
+                await client.send(b"GET / HTTP/1.1\r\n")
+                await client.trickle(b"X: " + b"a" * 10_000 + b"\r\n")
+                assert (await client.response())[0] == 431
+            await assert_works(url)
+
+    run(test)
+
+
 @pytest.mark.parametrize(
     ("request_bytes", "status"),
     [
@@ -184,6 +197,29 @@ def test_an_application_hears_that_the_rest_of_its_request_is_no_http():
     run(test)
 
 
+def test_a_refused_client_is_not_told_to_continue(caplog):
+    heard = []
+
+    @application
+    async def late(scope, receive, send):
+        await asyncio.sleep(0.1)
+        heard.append((await receive())["type"])
+
+    async def test():
+        async with running(late, limits=_limits()) as [url], await Client.connect(url) as client:
+            headers = b"Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n"
+            await client.send(b"POST / HTTP/1.1\r\nHost: a\r\n" + headers + b"\r\n")
+            await asyncio.sleep(0.02)
+            await client.send(b"zz\r\n")
+            assert (await client.response())[0] == 400
+            while not heard:
+                await asyncio.sleep(0.01)
+
+    run(test)
+    assert heard == ["http.disconnect"]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
 def test_a_body_that_was_answered_early_is_not_waited_for():
     async def test():
         async with running(answer, limits=_limits(header_timeout=SHORT)) as [url]:
@@ -211,10 +247,11 @@ def test_a_body_that_was_answered_early_and_still_comes_leaves_the_connection_us
 @pytest.mark.parametrize("chunk", [100, 2**16])
 def test_a_client_that_does_not_read_is_left(chunk):
     """Also where each message is small: the client's own buffer is the only one that it can fill."""
-    ended = []
+    ended, num_sent = [], 0
 
     @application
     async def endless(scope, receive, send):
+        nonlocal num_sent
         if scope["path"] != "/endless":
             await respond(send, b"ok")
             return
@@ -224,6 +261,7 @@ def test_a_client_that_does_not_read_is_left(chunk):
         while not listener.done():
             for _ in range(2**16 // chunk):
                 await send({"type": "http.response.body", "body": b"x" * chunk, "more_body": True})
+                num_sent += 0 if listener.done() else chunk
             await asyncio.sleep(0)
         ended.append(listener.result()["type"])
 
@@ -235,6 +273,7 @@ def test_a_client_that_does_not_read_is_left(chunk):
                 await asyncio.sleep(0.02)
                 await assert_works(url)
             assert ended == ["http.disconnect"]
+            assert num_sent - (await client.rest()).count(b"x") <= 4 * chunk
 
     run(test)
 
@@ -258,21 +297,57 @@ def test_a_finished_response_that_nobody_takes_does_not_stay():
     run(test)
 
 
+async def _connect_with_a_small_buffer(url):
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**14)
+    client.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", int(url.rpartition(":")[2])))
+    return client
+
+
 def test_a_slow_reader_is_served_to_the_end():
+    size = 20_000_000
+
     @application
     async def large(scope, receive, send):
-        await respond(send, b"x" * 8_000_000)
+        await respond(send, b"x" * size)
 
     async def test():
-        limits = _limits(write_timeout=1.0)
-        async with running(large, limits=limits) as [url], await Client.connect(url, limit=2**12) as client:
-            await client.send(GET)
-            await client.reader.readuntil(b"\r\n\r\n")
-            started, size = time.monotonic(), 0
-            while size < 8_000_000:
-                size += len(await client.reader.readexactly(200_000))
-                await asyncio.sleep(0.04)
-            assert time.monotonic() - started > 1.0
+        loop, timeout = asyncio.get_running_loop(), 0.5
+        async with running(large, limits=_limits(write_timeout=timeout)) as [url]:
+            with await _connect_with_a_small_buffer(url) as client:
+                for _ in range(2):  # on one connection: what was slow once is not held against it
+                    started, num_read, next_pause = time.monotonic(), 0, 0
+                    await loop.sock_sendall(client, GET)
+                    while num_read < size:
+                        num_read += len(await loop.sock_recv(client, 2**16))
+                        if num_read > next_pause:
+                            next_pause = num_read + size // 20
+                            await asyncio.sleep(timeout / 8)
+                    assert time.monotonic() - started > 2 * timeout
+                    await asyncio.sleep(timeout * 2.5)
+
+    run(test)
+
+
+def test_a_reader_that_takes_next_to_nothing_is_left():
+    @application
+    async def large(scope, receive, send):
+        await respond(send, b"x" * 20_000_000 if scope["path"] == "/large" else b"ok")
+
+    async def test():
+        loop = asyncio.get_running_loop()
+        async with running(large, limits=_limits(write_timeout=SHORT)) as [url]:
+            with await _connect_with_a_small_buffer(url) as client:
+                await loop.sock_sendall(client, GET.replace(b"/ ", b"/large "))
+                num_read = 0
+                for _ in range(50):
+                    num_read += len(await loop.sock_recv(client, 500))
+                    await asyncio.sleep(SHORT / 10)
+                while data := await loop.sock_recv(client, 2**16):
+                    num_read += len(data)
+                assert num_read < 20_000_000
+            await assert_works(url)
 
     run(test)
 
@@ -280,7 +355,12 @@ def test_a_slow_reader_is_served_to_the_end():
 def test_a_flood_of_idle_connections_gives_way_to_who_asks():
     async def test():
         async with running(answer, limits=_limits(max_connections=4)) as [url]:
-            idle = [await Client.connect(url) for _ in range(12)]
+            idle = []
+            for i in range(12):
+                idle.append(await Client.connect(url))
+                if i % 2:
+                    await idle[i].send(GET)
+                    assert (await idle[i].response())[0] == 200
             for _ in range(3):
                 await assert_works(url)
             assert await idle[0].rest() == b""
@@ -318,6 +398,33 @@ def test_more_busy_connections_than_allowed_get_503():
                 assert (await client.response())[2] == b"ok"
                 await client.__aexit__()
             await assert_works(url)
+
+    run(test)
+
+
+def test_refused_connections_take_no_place_and_give_none():
+    go = asyncio.Event()
+
+    @application
+    async def slow(scope, receive, send):
+        await go.wait()
+        await respond(send, b"ok")
+
+    async def test():
+        async with running(slow, limits=_limits(max_connections=1)) as [url]:
+            rude = [await Client.connect(url) for _ in range(3)]
+            for client in rude[::-1]:
+                await client.send(b"nonsense\r\n\r\n")
+            assert (await rude[2].response())[0] == 400
+            async with await Client.connect(url) as busy, await Client.connect(url) as too_many:
+                await busy.send(GET)
+                await asyncio.sleep(0.05)
+                async with await Client.connect(url) as too_many:
+                    assert (await too_many.response())[0] == 503
+                go.set()
+                assert (await busy.response())[2] == b"ok"
+            for client in rude:
+                await client.__aexit__()
 
     run(test)
 

@@ -119,6 +119,37 @@ def test_a_name_is_served_at_all_its_addresses():
     run(test)
 
 
+def test_all_addresses_of_a_name_have_the_same_port(monkeypatch):
+    found = [
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, 0)) for host in ("127.0.0.1", "192.0.2.1", "127.0.0.2")
+    ]
+    numeric = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, *a, **k: found if host == "me" else numeric(host, *a, **k)
+    )
+
+    async def test():
+        async with running(Listener(answer, "me", 0)) as [url]:
+            for host in ("127.0.0.1", "127.0.0.2"):  # the address of another machine is left out
+                await assert_works(url.replace("me", host))
+
+    run(test)
+
+
+def test_a_port_can_be_had_again_at_once():
+    async def test():
+        port = 0
+        for _ in range(2):
+            async with running(Listener(answer, "127.0.0.1", port)) as [url]:
+                port = int(url.rpartition(":")[2])
+                async with await Client.connect(url) as client:
+                    await client.send(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+                    assert (await client.response())[0] == 200
+                    assert await client.rest() == b""
+
+    run(test)
+
+
 def test_too_many_connections_for_the_process_are_refused(monkeypatch):
     limits = []
     monkeypatch.setattr(listen.resource, "getrlimit", lambda _: (100, 500))
@@ -283,6 +314,26 @@ def test_a_client_that_does_not_read_is_left_also_with_tls(authority, certificat
                 await asyncio.sleep(0.02)
             client.writer.transport.abort()
         assert ended == ["http.disconnect"]
+
+    run(test)
+
+
+def test_a_client_that_does_not_end_its_tls_is_left(authority, certificate):
+    def fetch(url):
+        port = int(url.rpartition(":")[2])
+        raw = socket.create_connection(("127.0.0.1", port), timeout=20)
+        secure = _trust(authority).wrap_socket(raw, server_hostname="127.0.0.1")
+        secure.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        assert secure.recv(1000).startswith(b"HTTP/1.1 200")
+        with socket.socket(fileno=secure.detach()) as deaf:
+            deaf.settimeout(20)
+            while deaf.recv(1000):
+                pass
+
+    async def test():
+        limits = ConnectionLimits(write_timeout=0.3)
+        async with running(Listener(answer, "127.0.0.1", 0, certificate()), limits=limits) as [url]:
+            await asyncio.to_thread(fetch, url)
 
     run(test)
 
@@ -460,10 +511,10 @@ def test_a_signal_during_startup_ends_it():
             on_started=lambda _: ended.append("started"),
             on_drain=lambda: ended.append("draining"),
         )
+        assert ended == ["loading"]
 
     ended = []
     run(test)
-    assert ended == ["loading"]
 
 
 def test_an_application_that_does_not_end_is_left_after_a_second_signal(monkeypatch):

@@ -191,10 +191,10 @@ class AsyncLLM:
     async def check_integrity(self) -> None:
         """Raises IntegrityError if the engine has lost a block or an image, or holds one for nobody."""
         self._check_open()
-        check: Future[None] = Future()
-        self._checks.append(check)
+        asked: Future[None] = Future()
+        self._checks.append(asked)
         self._process.order("check_integrity")
-        await asyncio.wrap_future(check)
+        await asyncio.wrap_future(asked)
 
     async def wait_until_ended(self) -> EngineError:
         """Why the engine came to its end: returns when it has."""
@@ -230,8 +230,8 @@ class AsyncLLM:
                 if mailbox is not None:
                     mailbox.call(mailbox.put, output)
         elif isinstance(report, Checked):
-            check = self._checks.pop(0)
-            check.set_exception(report.error) if report.error else check.set_result(None)
+            asked = self._checks.pop(0)
+            asked.set_exception(report.error) if report.error else asked.set_result(None)
         else:
             self._come_to_the_end(report)
 
@@ -240,8 +240,8 @@ class AsyncLLM:
         self._end = self._end or error
         for mailbox in list(self._mailboxes.values()):
             mailbox.call(mailbox.fail, self._end)
-        for check in self._checks:
-            check.set_exception(self._end)
+        for asked in self._checks:
+            asked.set_exception(self._end)
         self._ended.set_result(self._end)
 
 

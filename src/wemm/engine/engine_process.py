@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-
 import queue
 import socket
 import subprocess
@@ -34,7 +33,7 @@ _STATUS_OF_FOLLOWERS = 0
 
 @dataclass(frozen=True)
 class Began:
-    """A long work began: (description, total, unit) of its bar. It ends when another begins or the engine is up."""
+    """Long work began: (description, total, unit) of its bar. It ends when more begins or the engine is up."""
 
     bar: tuple[str, int | None, str]
 

@@ -73,7 +73,7 @@ class _Vocabulary:
         self._before = tokenizer.encode(_BEFORE)
 
     def __call__(self, text: bytes | str) -> list[int]:
-        """Ids of a stretch of an answer. At the start of a text SentencePiece may put a space that is not there."""
+        """Ids of a stretch of an answer. Before a text on its own SentencePiece may put a space."""
         spelled = text.encode() if isinstance(text, str) else text
         ids = self._tokenizer.encode(_BEFORE + spelled.decode(errors="replace"))[len(self._before) :]
         if b"".join(self.tokens[token_id] for token_id in ids) == spelled:

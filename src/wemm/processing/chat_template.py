@@ -92,7 +92,7 @@ def _parse_part(part: Any, param: str) -> Text | ImagePart:
     if kind == "image_url":
         holder = part.get("image_url")
         url = holder.get("url") if isinstance(holder, Mapping) else holder
-        if not isinstance(url, str) or ":" not in url:
+        if not isinstance(url, bytes) and (not isinstance(url, str) or ":" not in url):
             raise PromptError(f"{param}.image_url must hold a URL", f"{param}.image_url")
         detail = _parse_detail(holder if isinstance(holder, Mapping) else {}, f"{param}.image_url.detail")
         return ImagePart(url, f"{param}.image_url", detail)

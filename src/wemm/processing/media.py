@@ -138,7 +138,7 @@ def _read_file(path: Path) -> tuple[bytes, str]:
 
 
 def read_data_url(url: str, max_bytes: int | None = None) -> bytes:
-    """Bytes of a base64 `data:` URL, whatever type it claims; at most MAX_IMAGE_BYTES or fewer. Raises MediaError."""
+    """Bytes of a base64 `data:` URL, whatever type it claims; at most MAX_IMAGE_BYTES. Raises MediaError."""
     max_bytes = MAX_IMAGE_BYTES if max_bytes is None else max_bytes
     header, comma, payload = url.partition(",")
     if not comma or not header.lower().endswith(";base64"):

@@ -38,8 +38,8 @@ class Admission:
             )
         if self.num_requests and self.num_bytes + num_bytes > self.max_bytes:
             raise OverloadedError(
-                f"requests of {self.num_bytes} bytes are under way and this one has {num_bytes}; together more than "
-                f"the {self.max_bytes} of --max-queued-bytes; try again in {retry_after} s",
+                f"requests of {self.num_bytes} bytes are under way and this one has {num_bytes}; together more "
+                f"than the {self.max_bytes} of --max-queued-bytes; try again in {retry_after} s",
                 retry_after,
             )
         self.num_requests += 1

@@ -25,7 +25,6 @@ _NOT_STRUCTURE = bytes(byte for byte in range(256) if byte not in _STRUCTURE)
 _STRINGS = re.compile(rb'"[^"]*"')
 _DEPTH_CHANGE = [(byte in b"[{") - (byte in b"]}") for byte in range(256)]
 _LEAST_INTEGER, _MOST_INTEGER = -(2**63), 2**64 - 1
-_MAX_INTEGER_CHARACTERS = 20
 _MAX_SHOWN = 100
 
 
@@ -196,7 +195,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(text: str) -> int:
-    if len(text) > _MAX_INTEGER_CHARACTERS or not _LEAST_INTEGER <= (number := int(text)) <= _MOST_INTEGER:
+    if not _LEAST_INTEGER <= (number := int(text)) <= _MOST_INTEGER:
         raise ValueError(f"integer {_shown(text)} has more than 64 bits")
     return number
 

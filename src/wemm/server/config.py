@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from wemm.config import option
@@ -22,11 +22,11 @@ class ServerConfig:
     metrics_port: int | None = option(None, "Another port for /metrics alone, beside --port. Default: none.")
     served_model_name: str | None = option(None, "Name of the model in requests. Default: the name of its files.")
 
-    api_key: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Key that every route but /health and /ready asks for; repeat for several callers, whose "
-                          "caches are then apart. Also read from WEMM_API_KEY."},
-    )  # fmt: skip
+    api_key: list[str] = option(
+        [],
+        "Key that every route but /health and /ready asks for; repeat for several callers, whose caches are then "
+        "apart. Also read from WEMM_API_KEY.",
+    )
     api_key_file: Path | None = option(None, "File with one API key per line.")
     admin_key: str | None = option(
         None, "Key of the management routes and /metrics. Also read from WEMM_ADMIN_KEY. Default: any API key."
@@ -34,20 +34,21 @@ class ServerConfig:
     tls_certificate: Path | None = option(None, "PEM file: certificate and chain. With --tls-key: HTTPS.")
     tls_key: Path | None = option(None, "PEM file of the private key.")
     tls_client_ca: Path | None = option(None, "PEM file: clients must show a certificate of this authority.")
-    allowed_host: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Names under which clients may call (Host header); repeat. Default on loopback: localhost "
-                          "and the address; elsewhere any."},
-    )  # fmt: skip
-    allowed_origin: list[str] = field(
-        default_factory=list, metadata={"help": "Web origins whose pages may call (CORS); repeat. Default: none."}
+    allowed_host: list[str] = option(
+        [],
+        "Names under which clients may call (Host header); repeat. Default on loopback: localhost and the "
+        "address; elsewhere any.",
+    )
+    allowed_origin: list[str] = option(
+        [],
+        "Web origins whose pages may call (CORS); repeat. Default: none.",
     )
 
-    allowed_media_host: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Host from which images may be fetched: example.com, *.example.com, host:port, or "
-                          "private:host for one on a private network; repeat. Default: none, nothing is fetched."},
-    )  # fmt: skip
+    allowed_media_host: list[str] = option(
+        [],
+        "Host from which images may be fetched: example.com, *.example.com, host:port, or private:host for one "
+        "on a private network; repeat. Default: none, nothing is fetched.",
+    )
     allowed_local_media_path: Path | None = option(
         None, "Directory from which file:// images may be read. Default: none, no file is read."
     )

@@ -135,7 +135,6 @@ class _Lingering(asyncio.Protocol):
         self._lingering.add(transport)
         self._deadline = asyncio.get_running_loop().call_later(_LINGER_SECONDS, transport.abort)
         transport.set_protocol(self)
-        transport.resume_reading()
         if transport.can_write_eof():
             transport.write_eof()
 

@@ -126,13 +126,8 @@ def _bind(host: str, port: int, allow_public: bool) -> list[socket.socket]:
             if sockets and port == 0:
                 address = (address[0], sockets[0].getsockname()[1], *address[2:])
             try:
-                bound = socket.socket(family, socket.SOCK_STREAM)
-                stack.callback(bound.close)
-                bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                bound.bind(address)
-                sockets.append(bound)
+                sockets.append(_bound(family, address))
+                stack.callback(sockets[-1].close)
             except OSError as error:
                 failures.append(error)
         # A name may have an address of a family that is off on this machine; in use is another matter.
@@ -141,6 +136,19 @@ def _bind(host: str, port: int, allow_public: bool) -> list[socket.socket]:
             raise _unusable(host, port, (fatal or failures)[0])
         stack.pop_all()
     return sockets
+
+
+def _bound(family: int, address: Any) -> socket.socket:
+    with ExitStack() as stack:
+        # Of a named protocol: asyncio sets TCP_NODELAY on no other, and answers would wait for an ACK.
+        bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        stack.callback(bound.close)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        bound.bind(address)
+        stack.pop_all()
+    return bound
 
 
 def _is_wildcard(address: str) -> bool:

@@ -68,7 +68,7 @@ class MediaLoader:
         except MediaError as error:
             raise MediaError(f"{param}: {error}", param) from None
         detail = holder.get("detail") if isinstance(holder, Mapping) else None
-        return {"type": "image", "image": data, "detail": detail}
+        return {"type": "image_url", "image_url": {"url": data, "detail": detail}}
 
     async def _read(self, url: str) -> bytes:
         scheme = url[:5].lower()

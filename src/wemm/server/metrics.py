@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 
 from wemm.engine.engine import EngineStats
 from wemm.request import RequestOutput
+from wemm.server.admission import Admission
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 600)
@@ -57,9 +58,11 @@ class Metrics:
         self._errors = counter("wemm_errors", "Refused and failed requests by type of error.", "type")
         self._cancelled = counter("wemm_cancelled", "Requests whose client left, by stage.", "stage")
 
-    def watch(self, stats: Callable[[], EngineStats | None], ready: Callable[[], bool]) -> None:
-        """Show the engine's own numbers, read when asked."""
-        self.registry.register(_EngineCollector(self._labels, stats, ready))
+    def watch(
+        self, stats: Callable[[], EngineStats | None], ready: Callable[[], bool], admission: Admission
+    ) -> None:
+        """Show the numbers of others, read when asked."""
+        self.registry.register(_StateCollector(self._labels, stats, ready, admission))
 
     def listen(self, listener: Callable[[RequestOutput, int], None]) -> None:
         """Call it with every finished request and the number of tokens of its answers."""
@@ -108,17 +111,25 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-class _EngineCollector(Collector):
+class _StateCollector(Collector):
     def __init__(
-        self, labels: dict[str, str], stats: Callable[[], EngineStats | None], ready: Callable[[], bool]
+        self,
+        labels: dict[str, str],
+        stats: Callable[[], EngineStats | None],
+        ready: Callable[[], bool],
+        admission: Admission,
     ) -> None:
         self._labels = labels
         self._stats = stats
         self._ready = ready
+        self._admission = admission
 
     def collect(self) -> Iterable[Metric]:
         """Gauges and counters of the engine that runs now; without one, only that there is none."""
         yield self._gauge("wemm_ready", "1 while the service can answer.", self._ready())
+        admission = self._admission
+        yield self._gauge("wemm_accepted_requests", "Requests under way, in any stage.", admission.num_requests)
+        yield self._gauge("wemm_accepted_bytes", "Bytes of their bodies.", admission.num_bytes)
         stats = self._stats()
         if stats is None:
             return

@@ -150,7 +150,8 @@ class Service:
         self._media = media
         self.admission = Admission(config.max_queued_requests, config.max_queued_bytes)
         self._usual_seconds = 1.0
-        metrics.watch(lambda: supervisor.stats, lambda: self.is_ready)
+        metrics.watch(lambda: supervisor.stats, lambda: self.is_ready, self.admission)
+        metrics.listen(lambda output, num_tokens: self._took(output.metrics.total))
 
     @property
     def is_ready(self) -> bool:
@@ -209,6 +210,5 @@ class Service:
         seconds = self._usual_seconds * self.admission.num_requests / width
         return min(_LONGEST_RETRY, max(1, math.ceil(seconds)))
 
-    def took(self, seconds: float) -> None:
-        """An answer took so long, from arrival to end."""
+    def _took(self, seconds: float) -> None:
         self._usual_seconds += _FORGETTING * (seconds - self._usual_seconds)

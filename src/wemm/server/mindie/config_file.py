@@ -14,6 +14,7 @@ from typing import Any
 from rich.table import Column, Table
 from rich.text import Text
 
+from wemm.config import format_bytes
 from wemm.errors import ClientError, ParameterError
 from wemm.server.body import parse_json
 from wemm.server.mindie.config_keys import FAMILIES, KEYS, MODEL, SECTIONS, Key, Outcome
@@ -32,6 +33,7 @@ _TLS_KEY = re.compile(r"ServerConfig\.(management|metrics)?[tT]ls\w+")
 _ACCEPTED_PER_LINK = 3
 _E2E_TIMEOUT = 600
 _MAX_N = 128
+_SIZES = ("max_body_size", "kv_cache_memory")
 _MAX_SHOWN = 100
 
 
@@ -267,7 +269,7 @@ def _option(name: str, value: Any) -> str:
     spelled = name.replace("_", "-")
     if value is None or isinstance(value, bool):
         return f"--no-{spelled}" if value is False else f"--{spelled}"
-    return f"--{spelled} {value}"
+    return f"--{spelled} {format_bytes(value) if name in _SIZES else value}"
 
 
 def _check_sections(content: Mapping[str, Any]) -> None:

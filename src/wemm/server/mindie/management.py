@@ -28,8 +28,11 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
 _ABSENT = {
     "/v1/load_lora_adapter": "LoRA adapters cannot be loaded: the model's own is part of it",
     "/v1/unload_lora_adapter": "LoRA adapters cannot be unloaded: the model's own is part of it",
-    "/v1/role/{role}": "there are no roles here: prefill and decode are not split",
-    "/v2/role/{role}": "there are no roles here: prefill and decode are not split",
+    **{
+        f"/{version}/role/{role}": "there are no roles here: prefill and decode are not split"
+        for version in ("v1", "v2")
+        for role in ("prefill", "decode", "flex")
+    },
     "/v1/engine-server/fault-handling-command": "there are no fault commands here: an engine that dies is started "
     "again by itself",
 }

@@ -28,8 +28,8 @@ class ImageUrl(Body):
     url: str = Field(min_length=1)
     detail: Literal["auto", "low", "high"] | None = Field(
         None,
-        description="low: the model sees half its own edges and a quarter of the image tokens. auto, high: its own "
-        "rule, a long edge of 1960 pixels for WeMM-Chat-2k-CN.",
+        description="low: the model sees half its own edges and a quarter of the image tokens. auto, high: its "
+        "own rule, a long edge of 1960 pixels for WeMM-Chat-2k-CN.",
     )
 
 

@@ -22,6 +22,9 @@ from wemm.server.stream import DONE, EventStream, event
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _CLIENT_ERROR, _SERVER_ERROR = "invalid_request_error", "server_error"
 _FIRST_SERVER_ERROR = 500
+_EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Whole, or as events"}
+}
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": protocol.ErrorBody} for status in (400, 401, 404, 408, 413, 422, 429, 500, 503, 504)
 }
@@ -52,6 +55,7 @@ def router(service: Service) -> APIRouter:
     @routes.post(
         "/v1/chat/completions",
         response_model=protocol.ChatCompletion,
+        responses=_EVENTS,
         summary="Answer a conversation about images",
         tags=["OpenAI"],
     )
@@ -69,7 +73,11 @@ def router(service: Service) -> APIRouter:
         return _json(answer.chat(await generation.complete()))
 
     @routes.post(
-        "/v1/completions", response_model=protocol.Completion, summary="Continue raw text", tags=["OpenAI"]
+        "/v1/completions",
+        response_model=protocol.Completion,
+        responses=_EVENTS,
+        summary="Continue raw text",
+        tags=["OpenAI"],
     )
     async def completions(body: protocol.CompletionRequest, request: Request) -> Response:
         service.check_model(body.model)
