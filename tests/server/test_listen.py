@@ -21,7 +21,7 @@ trustme = pytest.importorskip("trustme")
 
 from tests.server.sockets import GET, Client, answer, application, assert_works, echo, respond, run, running
 from wemm.server import listen
-from wemm.server.connection import ConnectionLimits
+from wemm.server.connection import BoundedConnection, ConnectionLimits
 from wemm.server.listen import Listener, TlsConfig
 
 ROOT = Path(__file__).parents[2]
@@ -120,13 +120,13 @@ def test_a_name_is_served_at_all_its_addresses():
 
 
 def test_all_addresses_of_a_name_have_the_same_port(monkeypatch):
-    found = [
-        (socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, 0)) for host in ("127.0.0.1", "192.0.2.1", "127.0.0.2")
-    ]
-    numeric = socket.getaddrinfo
-    monkeypatch.setattr(
-        socket, "getaddrinfo", lambda host, *a, **k: found if host == "me" else numeric(host, *a, **k)
-    )
+    def addresses(host, port, **options):
+        hosts = ("127.0.0.1", "192.0.2.1", "127.0.0.2")
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, 0)) for host in hosts]
+        return found if host == "me" else known(host, port, **options)
+
+    known = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", addresses)
 
     async def test():
         async with running(Listener(answer, "me", 0)) as [url]:
@@ -134,6 +134,22 @@ def test_all_addresses_of_a_name_have_the_same_port(monkeypatch):
                 await assert_works(url.replace("me", host))
 
     run(test)
+
+
+def test_small_answers_do_not_wait_for_acknowledgements(monkeypatch):
+    made, options = BoundedConnection.connection_made, []
+
+    def connection_made(self, transport):
+        made(self, transport)
+        options.append(transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    async def test():
+        async with running(answer) as [url]:
+            await assert_works(url)
+
+    monkeypatch.setattr(BoundedConnection, "connection_made", connection_made)
+    run(test)
+    assert options == [1]
 
 
 def test_a_port_can_be_had_again_at_once():

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Scope
 
 import wemm
@@ -97,7 +97,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
 
 
 def _add_metrics(app: FastAPI, service: Service) -> None:
-    @app.get(_METRICS, summary="Prometheus metrics", tags=["Operations"])
+    @app.get(_METRICS, response_class=PlainTextResponse, summary="Prometheus metrics", tags=["Operations"])
     async def metrics() -> Response:
         return Response(service.metrics.page(), headers={"Content-Type": CONTENT_TYPE})
 

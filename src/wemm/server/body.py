@@ -18,7 +18,7 @@ from wemm.errors import ClientError
 from wemm.server.rejection import Reject, reject_plainly
 
 MAX_DEPTH = 32
-MAX_JSON_ITEMS = 500_000
+MAX_JSON_ITEMS = 200_000
 
 _STRUCTURE = b'[]{},"'
 _NOT_STRUCTURE = bytes(byte for byte in range(256) if byte not in _STRUCTURE)

@@ -15,6 +15,12 @@ from wemm.server.service import Service
 _KEEP_ALIVE_SECONDS = 15.0
 _KEEP_ALIVE = ": keep-alive\n\n"
 DONE = "data: [DONE]\n\n"
+_MEDIA_TYPE = "text/event-stream"
+_ONE_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Server-sent events", "content": {_MEDIA_TYPE: {"schema": _ONE_EVENT}}}
+}
+"""What a route documents that streams, always or if it is asked to."""
 
 
 def event(data: Any) -> str:
@@ -24,6 +30,8 @@ def event(data: Any) -> str:
 
 class EventStream(StreamingResponse):
     """Events of an iterator that may fail in the middle."""
+
+    media_type = _MEDIA_TYPE
 
     def __init__(
         self,
@@ -35,7 +43,6 @@ class EventStream(StreamingResponse):
         """`describe` makes the body of an event of whatever failed; `end` is sent last in any case."""
         super().__init__(
             _alive(_until_failure(events, service, describe, end)),
-            media_type="text/event-stream",
             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
         )
 

@@ -11,10 +11,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from wemm.errors import ClientError, ParameterError
 from wemm.server.body import parse_json
-from wemm.server.openai.protocol import Part, TextPart
+from wemm.server.openai.protocol import Items, Part, TextPart
 from wemm.server.service import Messages
 
-_PARTS: TypeAdapter[list[Part]] = TypeAdapter(list[Part])
+_PARTS: TypeAdapter[list[Part]] = TypeAdapter(Items[Part])
 _KNOWN_TYPES = frozenset({"text", "image_url", "video_url", "audio_url", "input_audio"})
 _SCHEME_LEN = 8
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag
 
-from wemm.server.openai.protocol import Body, Part
+from wemm.server.openai.protocol import Body, Items, Part
 
 _INT32_MAX = 2**31 - 1
 _INT64_MAX = 2**63 - 1
@@ -34,7 +34,7 @@ def _bounded(stop: str | list[str]) -> str | list[str]:
 
 StopString = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_LEN)]
 Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,256}$")]
-Parts = Annotated[list[Part], Field(min_length=1)]
+Parts = Annotated[Items[Part], Field(min_length=1)]
 
 
 def _text_or_parts(value: Any) -> str:
@@ -60,7 +60,7 @@ class Sampling(Body):
     repetition_penalty: float | None = Field(None, gt=0)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    stop: Annotated[StopString | list[StopString], AfterValidator(_bounded)] | None = None
+    stop: Annotated[StopString | Items[StopString], AfterValidator(_bounded)] | None = None
     priority: int | None = Field(None, ge=1, le=5, description="1 goes first; 5 if not given.")
     timeout: int | None = Field(None, ge=1, le=65535, description="Seconds for the whole answer.")
 
@@ -125,7 +125,7 @@ class VllmRequest(Sampling):
     top_p: float | None = Field(None, gt=0, le=1)
     n: int | None = Field(None, ge=1, le=128)
     best_of: int | None = Field(None, ge=1, le=128)
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Items[int] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
@@ -155,7 +155,7 @@ class InferRequest(Body):
     """POST /infer: text, parts or token ids."""
 
     inputs: Content | None = None
-    input_id: list[int] | None = Field(None, min_length=1)
+    input_id: Items[int] | None = Field(None, min_length=1)
     id: Identifier | None = Field(None, description="By which stopInfer finds it.")
     stream: bool | None = None
     parameters: Parameters | None = None
@@ -165,7 +165,7 @@ class InferTokenRequest(InferRequest):
     """POST /infer_token."""
 
     inputs: None = None
-    input_id: list[int] = Field(min_length=1)
+    input_id: Items[int] = Field(min_length=1)
 
 
 class TritonRequest(Body):
@@ -180,9 +180,9 @@ class InputTensor(Body):
     """Token ids, in one row."""
 
     name: str = Field(max_length=_MAX_NAME_LEN)
-    shape: list[int] = Field(min_length=1, max_length=2, description="[n] or [1, n].")
+    shape: Items[int] = Field(min_length=1, max_length=2, description="[n] or [1, n].")
     datatype: Literal["UINT32"]
-    data: list[int] = Field(min_length=1)
+    data: Items[int] = Field(min_length=1)
     parameters: TritonParameters | None = None
 
 

@@ -31,10 +31,11 @@ from wemm.server.mindie.questions import (
 from wemm.server.mindie.tgi import TgiAnswer
 from wemm.server.routing import StrictRoute
 from wemm.server.service import Service
-from wemm.server.stream import EventStream
+from wemm.server.stream import EVENTS, EventStream
 
 _REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {"model": protocol.ErrorBody} for status in (401, 404, 413, 422, 424, 429, 500, 503)
+    status: {"model": protocol.ErrorBody}
+    for status in (400, 401, 403, 404, 408, 413, 421, 422, 424, 429, 500, 503)
 }
 
 
@@ -62,13 +63,22 @@ def _add_tgi_and_vllm(routes: APIRouter, dialect: _TgiAndVllm) -> None:
         answer, outputs = await dialect.tgi(body, request, stream=False)
         return _json(answer.body(await whole(outputs)))
 
-    @routes.post("/generate_stream", summary="Stream an answer in TGI's words", tags=["TGI"])
+    @routes.post(
+        "/generate_stream",
+        responses=EVENTS,
+        summary="Stream an answer in TGI's words",
+        tags=["TGI"],
+    )
     async def generate_stream(body: protocol.TgiRequest, request: Request) -> Response:
         answer, outputs = await dialect.tgi(body, request, stream=True)
         return dialect.stream(answer.events(outputs))
 
     @routes.post(
-        "/", response_model=list[protocol.GeneratedText], summary="Either of the two, by `stream`", tags=["TGI"]
+        "/",
+        response_model=list[protocol.GeneratedText],
+        responses=EVENTS,
+        summary="Either of the two, by `stream`",
+        tags=["TGI"],
     )
     async def generate_either(body: protocol.TgiEitherRequest, request: Request) -> Response:
         answer, outputs = await dialect.tgi(body, request, stream=bool(body.stream))
@@ -111,7 +121,11 @@ class _TgiAndVllm:
 
 def _add_own(routes: APIRouter, service: Service, asker: Asker) -> None:
     @routes.post(
-        "/infer", response_model=protocol.GeneratedText, summary="Answer in MindIE's own words", tags=["MindIE"]
+        "/infer",
+        response_model=protocol.GeneratedText,
+        responses=EVENTS,
+        summary="Answer in MindIE's own words",
+        tags=["MindIE"],
     )
     async def infer(body: protocol.InferRequest, request: Request) -> Response:
         if (body.inputs is None) == (body.input_id is None):
@@ -119,7 +133,11 @@ def _add_own(routes: APIRouter, service: Service, asker: Asker) -> None:
         return await answered(body, request)
 
     @routes.post(
-        "/infer_token", response_model=protocol.GeneratedText, summary="Continue token ids", tags=["MindIE"]
+        "/infer_token",
+        response_model=protocol.GeneratedText,
+        responses=EVENTS,
+        summary="Continue token ids",
+        tags=["MindIE"],
     )
     async def infer_token(body: protocol.InferTokenRequest, request: Request) -> Response:
         return await answered(body, request)
@@ -175,7 +193,10 @@ def _add_triton(routes: APIRouter, service: Service, asker: Asker) -> None:
         return _json(answer.body(await whole(outputs)))
 
     @routes.post(
-        "/v2/models/{model:path}/generate_stream", summary="Stream an answer in Triton's words", tags=["Triton"]
+        "/v2/models/{model:path}/generate_stream",
+        responses=EVENTS,
+        summary="Stream an answer in Triton's words",
+        tags=["Triton"],
     )
     async def generate_stream(model: str, body: protocol.TritonRequest, request: Request) -> Response:
         answer, outputs = await asked(model, body, request)

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from wemm.request import MAX_LOGIT_BIAS
 
 _INT64_MAX = 2**63 - 1
+
+Item = TypeVar("Item")
+Items = Annotated[list[Item], Field(fail_fast=True)]
+"""A list that is checked up to its first mistake: to describe every one of a million would hold everybody up."""
+
+
+def _few(bias: Any) -> Any:
+    if isinstance(bias, dict) and len(bias) > MAX_LOGIT_BIAS:
+        raise ValueError(f"takes at most {MAX_LOGIT_BIAS} tokens; it has {len(bias)}")
+    return bias
 
 
 class Body(BaseModel):
@@ -47,7 +59,7 @@ class ChatMessage(Body):
     """One turn. Only the user's may hold images; `developer` is `system`."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(min_length=1)]
+    content: str | Annotated[Items[Part], Field(min_length=1)]
 
 
 class StreamOptions(Body):
@@ -77,7 +89,7 @@ class StructuredOutputs(Body):
 
     json_: dict[str, Any] | str | None = Field(None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Items[str] | None = None
     json_object: bool | None = None
 
 
@@ -91,24 +103,26 @@ class Sampling(Body):
     n: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: str | list[str] | None = None
+    stop: str | Items[str] | None = None
     seed: int | None = Field(None, ge=-_INT64_MAX - 1, le=_INT64_MAX)
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = Field(None, description="Token id → what is added to its logit.")
+    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_few)] = Field(
+        None, description="Token id → what is added to its logit."
+    )
     user: str | None = None
     # Ours and vLLM's:
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     min_tokens: int | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Items[int] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     repetition_guard: bool | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Items[str] | None = None
     structured_outputs: StructuredOutputs | None = None
     priority: int | None = Field(None, description="Smaller goes first.")
     timeout: float | None = Field(None, description="Seconds for the whole answer.")
@@ -117,18 +131,20 @@ class Sampling(Body):
 class ChatCompletionRequest(Sampling):
     """POST /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Items[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, description="The newer name of max_tokens; wins over it.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
-    tools: list[dict[str, Any]] | None = Field(None, description="Refused unless empty: the model knows no tools.")
+    tools: Items[dict[str, Any]] | None = Field(
+        None, description="Refused unless empty: the model knows no tools."
+    )
 
 
 class CompletionRequest(Sampling):
     """POST /v1/completions: raw text or token ids, no template, no images."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Items[str] | Items[int] | Items[Items[int]]
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool | None = None
     best_of: int | None = None
@@ -286,7 +302,7 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
+    messages: Items[ChatMessage] | None = None
 
 
 class Tokens(BaseModel):
@@ -302,7 +318,7 @@ class DetokenizeRequest(Body):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Items[int]
 
 
 class Text(BaseModel):

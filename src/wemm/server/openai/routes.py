@@ -17,16 +17,13 @@ from wemm.server.openai import protocol
 from wemm.server.openai.questions import chat_question, completion_questions, messages, prompts
 from wemm.server.routing import StrictRoute
 from wemm.server.service import Generation, Question, Service, complete_all, merged
-from wemm.server.stream import DONE, EventStream, event
+from wemm.server.stream import DONE, EVENTS, EventStream, event
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _CLIENT_ERROR, _SERVER_ERROR = "invalid_request_error", "server_error"
 _FIRST_SERVER_ERROR = 500
-_EVENTS: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Whole, or as events"}
-}
 _REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {"model": protocol.ErrorBody} for status in (400, 401, 404, 408, 413, 422, 429, 500, 503, 504)
+    status: {"model": protocol.ErrorBody} for status in (400, 401, 403, 404, 408, 413, 421, 429, 500, 503, 504)
 }
 
 
@@ -55,7 +52,7 @@ def router(service: Service) -> APIRouter:
     @routes.post(
         "/v1/chat/completions",
         response_model=protocol.ChatCompletion,
-        responses=_EVENTS,
+        responses=EVENTS,
         summary="Answer a conversation about images",
         tags=["OpenAI"],
     )
@@ -75,7 +72,7 @@ def router(service: Service) -> APIRouter:
     @routes.post(
         "/v1/completions",
         response_model=protocol.Completion,
-        responses=_EVENTS,
+        responses=EVENTS,
         summary="Continue raw text",
         tags=["OpenAI"],
     )
