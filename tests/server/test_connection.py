@@ -299,7 +299,7 @@ def test_a_finished_response_that_nobody_takes_does_not_stay():
 
 async def _connect_with_a_small_buffer(url):
     client = socket.socket()
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**14)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**12)
     client.setblocking(False)
     await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", int(url.rpartition(":")[2])))
     return client
@@ -331,23 +331,27 @@ def test_a_slow_reader_is_served_to_the_end():
     run(test)
 
 
-def test_a_reader_that_takes_next_to_nothing_is_left():
+@pytest.mark.parametrize("pace", ["next to nothing", "all, and then nothing"])
+def test_a_reader_that_takes_too_little_is_left(pace):
+    size = 40_000_000
+
     @application
     async def large(scope, receive, send):
-        await respond(send, b"x" * 20_000_000 if scope["path"] == "/large" else b"ok")
+        await respond(send, b"x" * size if scope["path"] == "/large" else b"ok")
 
     async def test():
         loop = asyncio.get_running_loop()
         async with running(large, limits=_limits(write_timeout=SHORT)) as [url]:
             with await _connect_with_a_small_buffer(url) as client:
                 await loop.sock_sendall(client, GET.replace(b"/ ", b"/large "))
-                num_read = 0
-                for _ in range(50):
-                    num_read += len(await loop.sock_recv(client, 500))
-                    await asyncio.sleep(SHORT / 10)
+                num_read, started = 0, time.monotonic()
+                while time.monotonic() - started < SHORT * 4:
+                    num_read += len(await loop.sock_recv(client, 500 if pace == "next to nothing" else 100_000))
+                    await asyncio.sleep(0.02)
+                await asyncio.sleep(0 if pace == "next to nothing" else SHORT * 4)
                 while data := await loop.sock_recv(client, 2**16):
                     num_read += len(data)
-                assert num_read < 20_000_000
+                assert num_read < size
             await assert_works(url)
 
     run(test)
@@ -426,6 +430,26 @@ def test_refused_connections_take_no_place_and_give_none():
                 assert (await busy.response())[2] == b"ok"
             for client in rude:
                 await client.__aexit__()
+
+    run(test)
+
+
+def test_a_refused_client_may_end_in_peace(monkeypatch):
+    """The answer ends the service's half of the connection; what still comes breaks nothing."""
+    monkeypatch.setattr("wemm.server.connection._LINGER_SECONDS", LONG)
+    monkeypatch.setattr("wemm.server.connection._MAX_LINGERING", 1)
+
+    async def test():
+        async with running(answer, limits=_limits()) as [url]:
+            for _ in range(5):
+                async with await Client.connect(url) as client:
+                    await client.send(b"nonsense\r\n\r\n")
+                    assert (await client.response())[0] == 400
+                    assert await client.rest() == b""
+                    for _ in range(3):
+                        await client.send(b"x")
+                        await asyncio.sleep(0.01)
+            await assert_works(url)
 
     run(test)
 

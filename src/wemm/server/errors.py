@@ -11,6 +11,7 @@ from wemm.errors import (
     MediaError,
     PromptTooLongError,
     RequestTimeoutError,
+    StructuredOutputError,
     WemmError,
 )
 from wemm.server.admission import OverloadedError
@@ -56,6 +57,9 @@ def refusal(error: Exception) -> Refusal:
         return Refusal(HTTPStatus.BAD_REQUEST, "invalid_image", message, error.param)
     if isinstance(error, ClientError):
         return Refusal(HTTPStatus.BAD_REQUEST, "invalid_request", message, error.param)
+    if isinstance(error, StructuredOutputError):
+        # Too large to follow, which shows in the middle of an answer.
+        return Refusal(HTTPStatus.BAD_REQUEST, "invalid_request", message, "structured_outputs")
     if isinstance(error, WemmError):
         return Refusal(HTTPStatus.INTERNAL_SERVER_ERROR, "engine_error", message)
     # Whatever it says was not written for strangers.

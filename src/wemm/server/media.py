@@ -92,11 +92,8 @@ class MediaLoader:
         if parts.netloc not in ("", "localhost") or parts.query or parts.fragment or "\0" in str(path):
             raise MediaError(_UNREADABLE)
         try:
-            if not Path(os.path.realpath(path)).is_relative_to(self._root):
-                raise MediaError(_UNREADABLE)
-            # Not through a link that was put there since, and never waiting for a pipe.
-            descriptor = os.open(os.path.realpath(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except OSError:
+            descriptor = _open_below(self._root, Path(os.path.realpath(path)).relative_to(self._root).parts)
+        except (OSError, ValueError):
             raise MediaError(_UNREADABLE) from None
         with os.fdopen(descriptor, "rb") as file:
             status = os.fstat(file.fileno())
@@ -106,3 +103,16 @@ class MediaLoader:
         if len(data) > self._max_bytes:
             raise MediaError(f"the file has more than {self._max_bytes} bytes, the limit of --max-image-size")
         return data
+
+
+def _open_below(root: Path, names: Sequence[str]) -> int:
+    """Step by step and through no link: one may have been put there since. Raises OSError."""
+    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    for i, name in enumerate(names, 1):
+        kind = os.O_DIRECTORY if i < len(names) else os.O_NONBLOCK  # which never waits for a pipe
+        try:
+            inner = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | kind, dir_fd=descriptor)
+        finally:
+            os.close(descriptor)
+        descriptor = inner
+    return descriptor

@@ -79,11 +79,10 @@ def router(service: Service) -> APIRouter:
     async def completions(body: protocol.CompletionRequest, request: Request) -> Response:
         service.check_model(body.model)
         context = context_of(request.scope)
+        num_prompts = len(prompts(body.prompt))
+        if num_prompts > service.config.max_queued_requests:
+            raise ParameterError(f"{num_prompts} prompts; at most {service.config.max_queued_requests}", "prompt")
         questions = completion_questions(body, service.llm.default_sampling_params)
-        if len(questions) > service.config.max_queued_requests:
-            raise ParameterError(
-                f"{len(questions)} prompts; at most {service.config.max_queued_requests}", "prompt"
-            )
         size = await _size(request)
         generations = [await service.begin(q, context, size if not i else 0) for i, q in enumerate(questions)]
         answer = _Answer(service, context, f"cmpl-{context.request_id}", body.stream_options, body.logprobs)
