@@ -136,12 +136,14 @@ def test_all_addresses_of_a_name_have_the_same_port(monkeypatch):
     run(test)
 
 
-def test_small_answers_do_not_wait_for_acknowledgements(monkeypatch):
+def test_small_answers_do_not_wait_for_acknowledgements_and_large_ones_not_in_the_system(monkeypatch):
     made, options = BoundedConnection.connection_made, []
 
     def connection_made(self, transport):
         made(self, transport)
-        options.append(transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        accepted = transport.get_extra_info("socket")
+        options.append(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0)
+        options.append(accepted.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) <= 2**19)
 
     async def test():
         async with running(answer) as [url]:
@@ -149,7 +151,7 @@ def test_small_answers_do_not_wait_for_acknowledgements(monkeypatch):
 
     monkeypatch.setattr(BoundedConnection, "connection_made", connection_made)
     run(test)
-    assert options == [1]
+    assert options == [True, True]
 
 
 def test_a_port_can_be_had_again_at_once():

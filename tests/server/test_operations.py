@@ -160,7 +160,7 @@ def test_clients_that_leave_at_any_moment_leave_nothing_behind(served):
             "wemm_kv_cache_usage",
             "wemm_accepted_requests",
         ):
-            _until(lambda name=name: _gauge(client, f"wemm_{name}") == 0)
+            _until(lambda name=name: _gauge(client, name) == 0)
         assert _gauge(client, "wemm_accepted_bytes") == 0
         assert _ask(client).json()["choices"][0]["message"]["content"] == "WEMM"
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from wemm.checkpoint.checkpoint import default_sampling_params
 from wemm.config import EngineConfig, engine_config
+from wemm.cost import largest_image
 from wemm.engine.build import check, find_source, make_processor
 from wemm.engine.engine import EngineStats
 from wemm.engine.engine_process import Checked, Ended, EngineProcess, Report, Stepped
@@ -97,6 +98,9 @@ class AsyncLLM:
         self.max_model_len: int = started.max_model_len
         """Tokens of prompt and answer together at most."""
         self.dtype: str = started.dtype
+        width, height = largest_image(source.config).resized
+        self.max_image_bytes: int = 3 * width * height
+        """Of the pixels of an image at most, as a request keeps them."""
         self.default_sampling_params: SamplingParams = default_sampling_params(source.tokenizer_directory)
         """What absent parameters mean for this checkpoint."""
         self.processor: Processor = make_processor(
@@ -158,21 +162,18 @@ class AsyncLLM:
 
     async def answer(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """The second half: compute a prepared request, in deltas."""
-        request_id = request.request_id
+        request_id, prompt_token_ids = request.request_id, request.prompt.token_ids
         mailbox = self._mailboxes[request_id] = _Mailbox()
         try:
             self._check_open()
             # Its grammar is compiled once more over there: it cannot travel.
             self._process.order("add_request", replace(request, grammar=None))
+            del request  # and with it the pixels: they are over there now
             finished = False
             while not finished:
                 output = await mailbox.get()
                 finished = output.finished
-                yield (
-                    output
-                    if output.prompt_token_ids
-                    else replace(output, prompt_token_ids=request.prompt.token_ids)
-                )
+                yield (output if output.prompt_token_ids else replace(output, prompt_token_ids=prompt_token_ids))
         finally:
             del self._mailboxes[request_id]
             self._process.order("abort", request_id)

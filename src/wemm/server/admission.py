@@ -1,18 +1,21 @@
-"""How much is accepted at once: counted before anything is read, given back however a request ends."""
+"""How much is accepted at once: counted before it takes memory, given back however a request ends."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from wemm.errors import WemmError
 
+Hold = Callable[[int], None]
+"""Holds so many bytes more until the request ends. Raises OverloadedError."""
+
 
 class OverloadedError(WemmError):
     """There is no room now; the same request may be welcome later."""
 
-    def __init__(self, message: str, retry_after: int) -> None:
+    def __init__(self, message: str, retry_after: int = 1) -> None:
         """`retry_after`: seconds after which it is worth another try."""
         super().__init__(message)
         self.retry_after = retry_after
@@ -20,7 +23,7 @@ class OverloadedError(WemmError):
 
 @dataclass
 class Admission:
-    """Counts of what is accepted and not yet answered."""
+    """What is accepted and not yet answered: requests, and the bytes of their bodies and pixels."""
 
     max_requests: int
     max_bytes: int
@@ -28,24 +31,37 @@ class Admission:
     num_bytes: int = 0
 
     @contextmanager
-    def admit(self, num_bytes: int, retry_after: int) -> Iterator[None]:
-        """Hold room for one request whose body has so many bytes. Raises OverloadedError."""
+    def admit(self, retry_after: int) -> Iterator[None]:
+        """A place for one request. Raises OverloadedError."""
         if self.num_requests >= self.max_requests:
             raise OverloadedError(
                 f"{self.num_requests} requests are waiting or running, as many as --max-queued-requests allows; "
                 f"try again in {retry_after} s",
                 retry_after,
             )
-        if self.num_requests and self.num_bytes + num_bytes > self.max_bytes:
-            raise OverloadedError(
-                f"requests of {self.num_bytes} bytes are under way and this one has {num_bytes}; together more "
-                f"than the {self.max_bytes} of --max-queued-bytes; try again in {retry_after} s",
-                retry_after,
-            )
         self.num_requests += 1
-        self.num_bytes += num_bytes
         try:
             yield
         finally:
             self.num_requests -= 1
-            self.num_bytes -= num_bytes
+
+    @contextmanager
+    def hold(self) -> Iterator[Hold]:
+        """Room for the bytes of one request, which are told as they come. Alone, a request may be any size."""
+        held = 0
+
+        def add(num_bytes: int) -> None:
+            nonlocal held
+            others = self.num_bytes - held
+            if others and self.num_bytes + num_bytes > self.max_bytes:
+                raise OverloadedError(
+                    f"requests of {others} bytes are under way, images counted as pixels, and this one has "
+                    f"{held + num_bytes}: more than the {self.max_bytes} of --max-queued-bytes; try again soon"
+                )
+            held += num_bytes
+            self.num_bytes += num_bytes
+
+        try:
+            yield add
+        finally:
+            self.num_bytes -= held

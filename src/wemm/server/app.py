@@ -110,9 +110,10 @@ def _guarded(
 
     def reject(scope: Scope, status: int, message: str, code: str) -> ASGIApp:
         service.metrics.failed(code)
-        return _worded(scope, Refusal(status, code, message))
+        retry_after = 1 if status == HTTPStatus.TOO_MANY_REQUESTS else None
+        return _worded(scope, Refusal(status, code, message, retry_after=retry_after))
 
-    app = BodyLimit(app, config.max_body_size, reject=reject)
+    app = BodyLimit(app, config.max_body_size, reject=reject, hold=service.admission.hold)
     app = Authentication(app, api_keys, config.admin_key, OPEN_PATHS, is_admin, reject)
     app = HostGuard(app, config.host, config.allowed_host, config.allowed_origin, reject)
     return RequestContexts(app, service.metrics)

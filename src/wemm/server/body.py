@@ -6,6 +6,8 @@ import asyncio
 import json
 import math
 import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from http import HTTPStatus
 from itertools import accumulate
@@ -15,6 +17,7 @@ import pydantic_core
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from wemm.errors import ClientError
+from wemm.server.admission import Hold, OverloadedError
 from wemm.server.rejection import Reject, reject_plainly
 
 MAX_DEPTH = 32
@@ -26,6 +29,12 @@ _STRINGS = re.compile(rb'"[^"]*"')
 _DEPTH_CHANGE = [(byte in b"[{") - (byte in b"]}") for byte in range(256)]
 _LEAST_INTEGER, _MOST_INTEGER = -(2**63), 2**64 - 1
 _MAX_SHOWN = 100
+
+
+@contextmanager
+def unbounded() -> Iterator[Hold]:
+    """No bound on all bodies together."""
+    yield lambda num_bytes: None
 
 
 class InvalidJsonError(ClientError):
@@ -44,7 +53,8 @@ class BodyLimit:
     """ASGI middleware: the application gets bodies whole or not at all, and is cancelled when its client leaves.
 
     A body is refused by its declared length before it is read, or when more or slower arrives than allowed.
-    In `scope["state"]` stand `parse_json`, with the limits given here, and, if it was so, `client_left`: True.
+    In `scope["state"]` stand `parse_json`, with the limits given here, `hold`, for what the body becomes, and, if
+    it was so, `client_left`: True.
     """
 
     def __init__(
@@ -55,8 +65,11 @@ class BodyLimit:
         max_depth: int = MAX_DEPTH,
         max_json_items: int = MAX_JSON_ITEMS,
         reject: Reject = reject_plainly,
+        hold: Callable[[], AbstractContextManager[Hold]] = unbounded,
     ) -> None:
+        """`hold` makes room for what arrives, until the request is over."""
         self._app = app
+        self._hold = hold
         self._max_body_size = max_body_size
         self._body_timeout = body_timeout
         self._parse_json = partial(parse_json, max_depth=max_depth, max_json_items=max_json_items)
@@ -67,10 +80,14 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        with self._hold() as hold:
+            await self._pass_on(scope, receive, send, hold)
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send, hold: Hold) -> None:
         try:
             self._check_size(_declared_length(scope))
             # Nobody but the application may hold the body on while it answers.
-            messages = [await asyncio.wait_for(self._read(receive), self._body_timeout)]
+            messages = [await asyncio.wait_for(self._read(receive, hold), self._body_timeout)]
         except _DisconnectedError:
             scope.setdefault("state", {})["client_left"] = True
             return
@@ -79,27 +96,33 @@ class BodyLimit:
             answer = self._reject(scope, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message, "request_too_large")
             await answer(scope, receive, send)
             return
+        except OverloadedError as error:
+            answer = self._reject(scope, HTTPStatus.TOO_MANY_REQUESTS, str(error), "overloaded")
+            await answer(scope, receive, send)
+            return
         except asyncio.TimeoutError:
             message = f"the body did not arrive within {self._body_timeout:g} s"
             answer = self._reject(scope, HTTPStatus.REQUEST_TIMEOUT, message, "request_timeout")
             await answer(scope, receive, send)
             return
-        scope.setdefault("state", {})["parse_json"] = self._parse_json
+        scope.setdefault("state", {}).update(parse_json=self._parse_json, hold=hold)
         await _run_while_connected(self._app, scope, messages, receive, send)
 
     def _check_size(self, size: int, suffix: str = "") -> None:
         if size > self._max_body_size:
             raise _TooLargeError(f"{size}{suffix}")
 
-    async def _read(self, receive: Receive) -> Message:
+    async def _read(self, receive: Receive, hold: Hold) -> Message:
         # One growing buffer: a list of the pieces of a body sent byte by byte would take many times its size.
         body = bytearray()
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise _DisconnectedError
-            body += message.get("body", b"")
-            self._check_size(len(body), " or more")
+            piece = message.get("body", b"")
+            self._check_size(len(body) + len(piece), " or more")
+            hold(len(piece))
+            body += piece
             if not message.get("more_body", False):
                 return {"type": "http.request", "body": bytes(body), "more_body": False}
 

@@ -60,7 +60,9 @@ class ServerConfig:
 
     max_body_size: int = option(40 * 2**20, "Bytes of one request body at most (40MiB, …).")
     max_queued_requests: int = option(256, "Requests accepted at once at most, waiting and running; then 429.")
-    max_queued_bytes: int = option(2**30, "Bytes of all accepted bodies at most; then 429.")
+    max_queued_bytes: int = option(
+        2**30, "Bytes of all accepted bodies and their images as pixels at most; then 429."
+    )
     max_connections: int = option(1024, "Open connections at most; then 503.")
     request_timeout: float = option(600.0, "Seconds for one answer at most, its time in the queue included.")
     default_max_tokens: int | None = option(

@@ -23,8 +23,6 @@ from uvicorn.server import ServerState
 from wemm.config import option
 from wemm.errors import ParameterError
 
-_LEAST_TAKEN = 16 * 1024
-"""Bytes that a client takes of a response within one `write_timeout`, or all that are left."""
 _LINGER_SECONDS = 1.0
 _MAX_LINGERING = 64
 _RETRY_SECONDS = 1
@@ -253,10 +251,10 @@ class BoundedConnection(H11Protocol):
         self._write_deadline.set(self._limits.write_timeout, self._write_late)
 
     def _write_late(self) -> None:
-        if self._num_untaken - self.transport.get_write_buffer_size() < _LEAST_TAKEN:
-            self.transport.abort()
-        else:
+        if self.transport.get_write_buffer_size() < self._num_untaken:
             self._watch_writing()
+        else:
+            self.transport.abort()
 
     def _refuse(self, status: HTTPStatus, message: str) -> None:
         """Answer in the application's place, and close."""

@@ -40,6 +40,10 @@ class RequestContext:
         """Who asks, as far as keys tell; caches are apart between callers."""
         return str(self.state.get("caller", ""))
 
+    def hold(self, num_bytes: int) -> None:
+        """Make room for what its body becomes. Raises OverloadedError."""
+        self.state["hold"](num_bytes)
+
     @property
     def client_left(self) -> bool:
         """Whether nobody waits for the answer any more."""

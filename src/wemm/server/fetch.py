@@ -226,7 +226,7 @@ def _parse(text: str) -> httpx.URL:
         raise MediaError(f"a URL must begin with http:, https: or data:. Given: {url.scheme[:20]!r}")
     if url.userinfo:
         raise MediaError("a URL with a user name or a password is not fetched")
-    if not url.host or not 0 < (url.port or 1) < 2**16:
+    if not url.host or (url.port is not None and not 0 < url.port < 2**16):
         raise MediaError("the URL is not valid")
     return url
 

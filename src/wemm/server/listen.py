@@ -32,6 +32,8 @@ __all__ = ["Listener", "TlsConfig", "serve"]
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 1.0
 """What a cancelled request may take to end."""
+_SEND_BUFFER_BYTES = 2**18
+"""Of one connection, in the system. Without a limit megabytes are sent before it shows that nobody reads them."""
 _OTHER_FILES = 256
 """Open files beside the connections: libraries, weights, pipes, connections being refused."""
 
@@ -144,6 +146,7 @@ def _bound(family: int, address: Any) -> socket.socket:
         bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         stack.callback(bound.close)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         if family == socket.AF_INET6:
             bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         bound.bind(address)

@@ -34,15 +34,16 @@ class MediaLoader:
 
         Parts of other types are left to the chat template, except `image`: what it holds would be opened.
         """
-        self._count(messages)
         return [await self._load_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
-    def _count(self, messages: Sequence[Mapping[str, Any]]) -> None:
+    def count(self, messages: Sequence[Mapping[str, Any]]) -> int:
+        """Images of the messages. Raises MediaError if there are more than one request may have."""
         contents = [message.get("content") for message in messages]
         parts = [part for content in contents if isinstance(content, list) for part in content]
         images = sum(isinstance(part, Mapping) and part.get("type") != "text" for part in parts)
         if images > self._max_images:
             raise MediaError(f"the request has {images} images; at most {self._max_images}", "messages")
+        return images
 
     async def _load_message(self, message: Mapping[str, Any], param: str) -> Mapping[str, Any]:
         content = message.get("content")

@@ -129,7 +129,7 @@ class _StateCollector(Collector):
         yield self._gauge("wemm_ready", "1 while the service can answer.", self._ready())
         admission = self._admission
         yield self._gauge("wemm_accepted_requests", "Requests under way, in any stage.", admission.num_requests)
-        yield self._gauge("wemm_accepted_bytes", "Bytes of their bodies.", admission.num_bytes)
+        yield self._gauge("wemm_accepted_bytes", "Bytes of their bodies and pixels.", admission.num_bytes)
         stats = self._stats()
         if stats is None:
             return

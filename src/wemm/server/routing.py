@@ -28,12 +28,15 @@ class StrictRoute(APIRoute):
         async def handle_strictly(request: Request) -> Response:
             if request.method == "POST":
                 # Here and not where FastAPI asks: it would hide what is wrong with a body.
-                body = await request.body()
-                request = Request({**request.scope, "headers": _as_json(request)}, request.receive)
-                request._body = body
-                request._json = (
-                    await asyncio.to_thread(parse_json, body) if len(body) > _LARGE else parse_json(body)
+                given = (
+                    parse_json(body)
+                    if len(body := await request.body()) < _LARGE
+                    else await asyncio.to_thread(parse_json, body)
                 )
+                request = Request({**request.scope, "headers": _as_json(request)}, request.receive)
+                request._json = given
+                request._body = b"parsed"  # to keep megabytes of base64 once, not twice
+                del body, given
             return await handle(request)
 
         return handle_strictly

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -51,30 +51,29 @@ class Question:
 
 
 class Generation:
-    """One admitted question, prepared and ready to be computed. Iterate it once, for deltas."""
+    """One admitted question, prepared and ready to be computed."""
 
     def __init__(self, llm: AsyncLLM, request: Request, metrics: Metrics, context: RequestContext) -> None:
-        self.request = request
+        self.request_id = request.request_id
+        self.params = request.sampling_params
+        self.prompt_token_ids = request.prompt.token_ids
+        """Image positions included."""
         self._llm = llm
         self._metrics = metrics
         self._context = context
+        self._outputs = llm.answer(request)
 
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Image positions included."""
-        return len(self.request.prompt.token_ids)
-
-    async def __aiter__(self) -> AsyncIterator[RequestOutput]:
-        """Deltas; leaving the iteration aborts. Raises WemmError."""
+    async def deltas(self) -> AsyncGenerator[RequestOutput, None]:
+        """Once. Leaving the iteration aborts. Raises WemmError."""
         self._context.stage = "generate"
         num_tokens = 0
-        async with aclosing(self._llm.answer(self.request)) as outputs:
+        async with aclosing(self._outputs) as outputs:
             async for output in outputs:
                 num_tokens += sum(len(answer.token_ids) for answer in output.outputs)
                 if output.finished:
                     self._metrics.finished(output, num_tokens)
                     self._context.figures.update(
-                        prompt_tokens=self.num_prompt_tokens,
+                        prompt_tokens=len(self.prompt_token_ids),
                         image_tokens=output.num_image_tokens,
                         cached_tokens=output.num_cached_tokens,
                         completion_tokens=num_tokens,
@@ -85,8 +84,9 @@ class Generation:
     async def complete(self) -> RequestOutput:
         """The whole answer."""
         texts: list[CompletionOutput] | None = None
-        async for output in self:
-            texts = list(output.outputs) if texts is None else list(map(_joined, texts, output.outputs))
+        async with aclosing(self.deltas()) as deltas:
+            async for output in deltas:
+                texts = list(output.outputs) if texts is None else list(map(_joined, texts, output.outputs))
         assert texts is not None
         return replace(output, outputs=tuple(texts))
 
@@ -100,9 +100,9 @@ async def complete_all(generations: Sequence[Generation]) -> list[RequestOutput]
         await _end(tasks)
 
 
-async def merged(generations: Sequence[Generation]) -> AsyncIterator[tuple[int, RequestOutput]]:
+async def merged(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """Deltas of all, each with the number of its generation, as they come."""
-    streams = [aiter(generation) for generation in generations]
+    streams = [generation.deltas() for generation in generations]
     following = {asyncio.ensure_future(anext(stream)): i for i, stream in enumerate(streams)}
     try:
         while following:
@@ -117,6 +117,8 @@ async def merged(generations: Sequence[Generation]) -> AsyncIterator[tuple[int, 
                 yield i, output
     finally:
         await _end(following)
+        for stream in streams:
+            await stream.aclose()
 
 
 async def _end(tasks: Iterable[asyncio.Future[Any]]) -> None:
@@ -168,10 +170,10 @@ class Service:
         if name not in (None, "", self.model_name):
             raise UnknownModelError(f"model {str(name)[:100]!r} is not served here; it is {self.model_name!r}")
 
-    async def begin(self, question: Question, context: RequestContext, num_bytes: int) -> Generation:
+    async def begin(self, question: Question, context: RequestContext) -> Generation:
         """Everything that can be refused. Raises ClientError, OverloadedError, EngineDeadError."""
         llm = self.llm
-        context.resources.enter_context(self.admission.admit(num_bytes, self._retry_after()))
+        context.resources.enter_context(self.admission.admit(self._retry_after()))
         prompt, process = await self._loaded(question, context, llm)
         context.stage = "prepare"
         timeout = min(question.timeout or math.inf, self.config.request_timeout)
@@ -180,10 +182,10 @@ class Service:
         )
         return Generation(llm, request, self.metrics, context)
 
-    async def count(self, question: Question, context: RequestContext, num_bytes: int) -> ProcessedPrompt:
+    async def count(self, question: Question, context: RequestContext) -> ProcessedPrompt:
         """The prompt as the model would see it, images included, without computing anything."""
         llm = self.llm
-        context.resources.enter_context(self.admission.admit(num_bytes, self._retry_after()))
+        context.resources.enter_context(self.admission.admit(self._retry_after()))
         prompt, process = await self._loaded(question, context, llm)
         return await asyncio.to_thread(process, prompt)
 
@@ -200,7 +202,9 @@ class Service:
             return question.prompt, (question.process or process_text_or_ids)(llm.processor)
         context.stage = "fetch"
         started = time.perf_counter()
-        messages = await self._media.load(question.prompt)  # type: ignore[arg-type]
+        messages: Messages = question.prompt  # type: ignore[assignment]
+        context.hold(self._media.count(messages) * llm.max_image_bytes)
+        messages = await self._media.load(messages)
         self.metrics.observe("fetch", time.perf_counter() - started)
         return messages, llm.processor.chat
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing, suppress
 from typing import Any
 
 from starlette.responses import StreamingResponse
@@ -35,7 +35,7 @@ class EventStream(StreamingResponse):
 
     def __init__(
         self,
-        events: AsyncIterator[str],
+        events: AsyncGenerator[str, None],
         service: Service,
         describe: Callable[[Exception], Mapping[str, Any]],
         end: str = "",
@@ -48,11 +48,15 @@ class EventStream(StreamingResponse):
 
 
 async def _until_failure(
-    events: AsyncIterator[str], service: Service, describe: Callable[[Exception], Mapping[str, Any]], end: str
-) -> AsyncIterator[str]:
+    events: AsyncGenerator[str, None],
+    service: Service,
+    describe: Callable[[Exception], Mapping[str, Any]],
+    end: str,
+) -> AsyncGenerator[str, None]:
     try:
-        async for line in events:
-            yield line
+        async with aclosing(events):
+            async for line in events:
+                yield line
     except Exception as error:  # noqa: BLE001 - the status is sent: whatever it is, it becomes an event
         service.note(error)
         yield event(describe(error))
@@ -60,7 +64,7 @@ async def _until_failure(
         yield end
 
 
-async def _alive(lines: AsyncIterator[str]) -> AsyncIterator[str]:
+async def _alive(lines: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
     """The same lines, and a comment wherever none came for a while: proxies cut what is silent."""
     following = asyncio.ensure_future(anext(lines))
     try:
@@ -79,4 +83,4 @@ async def _alive(lines: AsyncIterator[str]) -> AsyncIterator[str]:
         following.cancel()
         with suppress(BaseException):
             await following
-        await lines.aclose()  # type: ignore[attr-defined]
+        await lines.aclose()

@@ -29,7 +29,7 @@ def test_a_healthy_service(planes):
 
 def test_a_busy_service_is_alive_and_not_ready(engine):
     planes = engine.planes(max_queued_requests=1)
-    with planes.service.admission.admit(1, 1):
+    with planes.service.admission.admit(1):
         assert _codes(planes) == [200, 200, 503, 503]
         for path in HEALTH:
             assert planes.manage(path).json() == {"message": "Service is alive but busy"}

@@ -41,14 +41,14 @@ def _vllm(**body):
 
 def test_defaults():
     question = text_question(TEXT, None, DEFAULT)
-    assert (question.prompt, question.priority, question.timeout) == ("x", 5, None)
+    assert (question.prompt, question.priority, question.timeout) == ("x", 0, None)
     params = question.params
     assert (params.max_tokens, params.temperature, params.top_p, params.logprobs) == (20, 0.0, 0.8, None)
     assert params.stop_strings == ()
     params = _vllm().params
     assert (params.max_tokens, params.temperature, params.n) == (512, 0.0, 1)
     question = _own(priority=1, timeout=30, max_new_tokens=3)
-    assert (question.priority, question.timeout, question.params.max_tokens) == (1, 30.0, 3)
+    assert (question.priority, question.timeout, question.params.max_tokens) == (-4, 30.0, 3)
 
 
 @pytest.mark.parametrize(

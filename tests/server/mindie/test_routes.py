@@ -337,7 +337,7 @@ def test_a_stream_that_fails_says_so_in_its_own_form(planes, monkeypatch):
 
 def test_too_many_requests(engine):
     planes = engine.planes(max_queued_requests=1)
-    with planes.service.admission.admit(1, 1):
+    with planes.service.admission.admit(1):
         response = planes.post("/generate", {"inputs": "x"})
     assert _refused(response, 429, "Too Many Requests")
     assert int(response.headers["retry-after"]) >= 1

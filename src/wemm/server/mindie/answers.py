@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -78,7 +78,7 @@ class OwnAnswer:
         )
         return protocol.GeneratedText(generated_text=answer.text, details=details)
 
-    async def events(self, outputs: Outputs) -> AsyncIterator[str]:
+    async def events(self, outputs: Outputs) -> AsyncGenerator[str, None]:
         """One per delta, with the milliseconds it took; the last has the whole text."""
         text, num_tokens, before = "", 0, None
         async with aclosing(outputs):
@@ -128,7 +128,7 @@ class TritonAnswer:
         [answer] = output.outputs
         return self._output(answer, len(answer.token_ids))
 
-    async def events(self, outputs: Outputs) -> AsyncIterator[str]:
+    async def events(self, outputs: Outputs) -> AsyncGenerator[str, None]:
         """One per delta."""
         text, num_tokens = "", 0
         async with aclosing(outputs):
@@ -181,7 +181,7 @@ class VllmAnswer:
             answers.sort(key=lambda answer: -(answer.cumulative_logprob or 0.0))
         return protocol.Texts(text=[self.prompt + self._text(answer) for answer in answers[: self.n]])
 
-    async def objects(self, outputs: Outputs) -> AsyncIterator[str]:
+    async def objects(self, outputs: Outputs) -> AsyncGenerator[str, None]:
         """What is new of every answer; no events, but JSON objects with a NUL behind each."""
         texts = [""] * self.n
         ended = [False] * self.n

@@ -44,12 +44,12 @@ class Asker:
         """The prompt's token ids as the model would see them."""
         question = Question(prompt.source, self._service.llm.default_sampling_params)
         with _calling_it(param):
-            processed = await self._service.count(question, context_of(request.scope), len(await request.body()))
+            processed = await self._service.count(question, context_of(request.scope))
         return processed.token_ids
 
     async def _begin(self, question: Question, request: Request, param: str) -> Generation:
         with _calling_it(param):
-            return await self._service.begin(question, context_of(request.scope), len(await request.body()))
+            return await self._service.begin(question, context_of(request.scope))
 
 
 async def read(given: str | Sequence[Part], param: str) -> Prompt:

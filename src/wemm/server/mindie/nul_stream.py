@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -23,7 +23,10 @@ class NulStream(StreamingResponse):
     """Objects of an iterator that may fail in the middle; the last one then says why."""
 
     def __init__(
-        self, objects: AsyncIterator[str], service: Service, describe: Callable[[Exception], Mapping[str, Any]]
+        self,
+        objects: AsyncGenerator[str, None],
+        service: Service,
+        describe: Callable[[Exception], Mapping[str, Any]],
     ) -> None:
         """`describe` makes an object of whatever failed."""
         super().__init__(
@@ -34,10 +37,10 @@ class NulStream(StreamingResponse):
 
 
 async def _until_failure(
-    objects: AsyncIterator[str], service: Service, describe: Callable[[Exception], Mapping[str, Any]]
-) -> AsyncIterator[str]:
+    objects: AsyncGenerator[str, None], service: Service, describe: Callable[[Exception], Mapping[str, Any]]
+) -> AsyncGenerator[str, None]:
     try:
-        async with aclosing(objects):  # type: ignore[type-var]
+        async with aclosing(objects):
             async for line in objects:
                 yield line
     except Exception as error:  # noqa: BLE001 - the status is sent: whatever it is, it becomes an object

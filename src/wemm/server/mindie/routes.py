@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -115,7 +115,7 @@ class _TgiAndVllm:
             return NulStream(answer.objects(outputs), service, lambda error: error_body(refusal(error)))
         return _json(answer.body(await whole(outputs)))
 
-    def stream(self, events: AsyncIterator[str]) -> Response:
+    def stream(self, events: AsyncGenerator[str, None]) -> Response:
         return _events(self._service, events)
 
 
@@ -237,7 +237,7 @@ def _json(body: BaseModel) -> Response:
     return Response(body.model_dump_json(exclude_unset=True), media_type="application/json")
 
 
-def _events(service: Service, events: AsyncIterator[str]) -> Response:
+def _events(service: Service, events: AsyncGenerator[str, None]) -> Response:
     return EventStream(events, service, lambda error: error_body(refusal(error)))
 
 

@@ -44,7 +44,7 @@ class RunningRequests:
 
 async def until_stopped(generation: Generation, stop: asyncio.Event) -> AsyncGenerator[RequestOutput, None]:
     """Deltas; if `stop` comes before the end, the last one says so and the engine is let go."""
-    outputs = generation.__aiter__()
+    outputs = generation.deltas()
     stopping = asyncio.ensure_future(stop.wait())
     following: asyncio.Future[RequestOutput] = asyncio.ensure_future(anext(outputs))
     last: RequestOutput | None = None
@@ -65,16 +65,15 @@ async def until_stopped(generation: Generation, stop: asyncio.Event) -> AsyncGen
         for future in (following, stopping):
             future.cancel()
         await asyncio.gather(following, stopping, return_exceptions=True)
-        await outputs.aclose()  # type: ignore[attr-defined]
+        await outputs.aclose()
 
 
 def _stopped(generation: Generation, last: RequestOutput | None) -> RequestOutput:
-    request = generation.request
     if last is None:
-        wanted = request.sampling_params.logprobs is not None
+        wanted = generation.params.logprobs is not None
         nothing = CompletionOutput(0, "", (), None, () if wanted else None, None)
-        answers = tuple(replace(nothing, index=i) for i in range(request.sampling_params.n))
-        last = RequestOutput(request.request_id, request.prompt.token_ids, answers, finished=True)
+        answers = tuple(replace(nothing, index=i) for i in range(generation.params.n))
+        last = RequestOutput(generation.request_id, generation.prompt_token_ids, answers, finished=True)
     return replace(last, finished=True, outputs=tuple(map(_ended, last.outputs)))
 
 

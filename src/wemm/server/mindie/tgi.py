@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +46,7 @@ class TgiAnswer:
         )
         return protocol.GeneratedText(generated_text=text, details=details)
 
-    async def events(self, outputs: Outputs) -> AsyncIterator[str]:
+    async def events(self, outputs: Outputs) -> AsyncGenerator[str, None]:
         """One per token; the last has the whole text."""
         share = _Share(self.tokenizer)
         text, num_tokens = self._before, 0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -61,7 +62,7 @@ def router(service: Service) -> APIRouter:
         llm, context = service.llm, context_of(request.scope)
         room = service.config.default_max_tokens or llm.max_model_len
         question = chat_question(body, llm.default_sampling_params, room)
-        generation = await service.begin(question, context, await _size(request))
+        generation = await service.begin(question, context)
         answer = _Answer(
             service, context, f"chatcmpl-{context.request_id}", body.stream_options, question.params.logprobs
         )
@@ -83,8 +84,7 @@ def router(service: Service) -> APIRouter:
         if num_prompts > service.config.max_queued_requests:
             raise ParameterError(f"{num_prompts} prompts; at most {service.config.max_queued_requests}", "prompt")
         questions = completion_questions(body, service.llm.default_sampling_params)
-        size = await _size(request)
-        generations = [await service.begin(q, context, size if not i else 0) for i, q in enumerate(questions)]
+        generations = [await service.begin(question, context) for question in questions]
         answer = _Answer(service, context, f"cmpl-{context.request_id}", body.stream_options, body.logprobs)
         echoed = [await _echoed(service, prompt) if body.echo else "" for prompt in prompts(body.prompt)]
         if body.stream:
@@ -115,7 +115,7 @@ def router(service: Service) -> APIRouter:
         prompt: Any = body.prompt if body.messages is None else messages(body.messages)
         llm = service.llm
         question = Question(prompt, llm.default_sampling_params)
-        processed = await service.count(question, context_of(request.scope), await _size(request))
+        processed = await service.count(question, context_of(request.scope))
         return protocol.Tokens(
             count=len(processed.token_ids),
             max_model_len=llm.max_model_len,
@@ -133,10 +133,6 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-async def _size(request: Request) -> int:
-    return len(await request.body())
-
-
 async def _echoed(service: Service, prompt: str | list[int]) -> str:
     return prompt if isinstance(prompt, str) else service.llm.tokenizer.decode(prompt)
 
@@ -145,7 +141,7 @@ def _json(body: Any) -> Response:
     return Response(body.model_dump_json(), media_type="application/json")
 
 
-def _stream(service: Service, events: AsyncIterator[str]) -> Response:
+def _stream(service: Service, events: AsyncGenerator[str, None]) -> Response:
     return EventStream(events, service, lambda error: error_body(refusal(error)), DONE)
 
 
@@ -186,21 +182,22 @@ class _Answer:
         ]
         return protocol.ChatCompletion(**self._head, choices=choices, usage=_usage([output], _num_tokens(output)))
 
-    async def chat_events(self, generation: Generation) -> AsyncIterator[str]:
+    async def chat_events(self, generation: Generation) -> AsyncGenerator[str, None]:
         """The role first, then deltas, then the usage if it is wanted."""
         num_tokens = 0
-        for index in range(generation.request.sampling_params.n):
+        for index in range(generation.params.n):
             yield self._chat_event(index, protocol.Delta(role="assistant", content=""))
         ended: set[int] = set()
-        async for output in generation:
-            num_tokens += _num_tokens(output)
-            for answer in output.outputs:
-                if answer.index in ended or not (answer.token_ids or answer.finish_reason):
-                    continue
-                delta = protocol.Delta(content=answer.text)
-                yield self._chat_event(answer.index, delta, self._chat_logprobs(answer), **_finish(answer))
-                if answer.finish_reason:
-                    ended.add(answer.index)
+        async with aclosing(generation.deltas()) as deltas:
+            async for output in deltas:
+                num_tokens += _num_tokens(output)
+                for answer in output.outputs:
+                    if answer.index in ended or not (answer.token_ids or answer.finish_reason):
+                        continue
+                    delta = protocol.Delta(content=answer.text)
+                    yield self._chat_event(answer.index, delta, self._chat_logprobs(answer), **_finish(answer))
+                    if answer.finish_reason:
+                        ended.add(answer.index)
         if self._include_usage:
             usage = _usage([output], num_tokens)
             yield event(_dump(protocol.ChatCompletionChunk(**self._head, choices=[], usage=usage)))
@@ -230,27 +227,30 @@ class _Answer:
         num_tokens = sum(_num_tokens(output) for output in outputs)
         return protocol.Completion(**self._head, choices=choices, usage=_usage(outputs, num_tokens))
 
-    async def completion_events(self, generations: list[Generation], echoed: list[str]) -> AsyncIterator[str]:
+    async def completion_events(
+        self, generations: list[Generation], echoed: list[str]
+    ) -> AsyncGenerator[str, None]:
         """Deltas of all prompts as they come."""
         num_tokens = 0
         last: dict[int, RequestOutput] = {}
         begun: set[int] = set()
         ended: set[int] = set()
-        async for i, output in merged(generations):
-            last[i] = output
-            num_tokens += _num_tokens(output)
-            for answer in output.outputs:
-                index = i * len(output.outputs) + answer.index
-                if index in ended or not (answer.token_ids or answer.finish_reason):
-                    continue
-                text = answer.text if index in begun else echoed[i] + answer.text
-                begun.add(index)
-                if answer.finish_reason:
-                    ended.add(index)
-                choice = protocol.CompletionChoice(
-                    index=index, text=text, logprobs=self._completion_logprobs(answer), **_finish(answer)
-                )
-                yield event(_dump(protocol.Completion(**self._head, choices=[choice])))
+        async with aclosing(merged(generations)) as deltas:
+            async for i, output in deltas:
+                last[i] = output
+                num_tokens += _num_tokens(output)
+                for answer in output.outputs:
+                    index = i * len(output.outputs) + answer.index
+                    if index in ended or not (answer.token_ids or answer.finish_reason):
+                        continue
+                    text = answer.text if index in begun else echoed[i] + answer.text
+                    begun.add(index)
+                    if answer.finish_reason:
+                        ended.add(index)
+                    choice = protocol.CompletionChoice(
+                        index=index, text=text, logprobs=self._completion_logprobs(answer), **_finish(answer)
+                    )
+                    yield event(_dump(protocol.Completion(**self._head, choices=[choice])))
         if self._include_usage:
             usage = _usage(list(last.values()), num_tokens)
             yield event(_dump(protocol.Completion(**self._head, choices=[], usage=usage)))
