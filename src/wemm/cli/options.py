@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, replace
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
@@ -160,12 +161,13 @@ def _sampling_parameters() -> list[inspect.Parameter]:
 
 
 def _parameter(name: str, kind: Any, text: str, default: Any) -> inspect.Parameter:
+    kinds = (kind, *getattr(kind, "__args__", ()))
     flags = [f"--{name.replace('_', '-')}"]
-    if bool in (kind, *getattr(kind, "__args__", ())):
+    if bool in kinds:
         flags = [f"{flags[0]}/--no-{name.replace('_', '-')}"]
     if name in _SHORT:
         flags.append(_SHORT[name])
-    metavar = "TEXT" if name == "stop" else "SIZE" if name in _PARSERS else None
+    metavar = "SIZE" if name in _PARSERS else "PATH" if Path in kinds else "TEXT" if list[str] in kinds else None
     option = typer.Option(*flags, help=text, show_default=default is not None, metavar=metavar)
     empty = inspect.Parameter.empty
     return inspect.Parameter(

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from wemm.config import option
+from wemm.errors import ParameterError
+
+_LEAST = {
+    **dict.fromkeys(
+        (
+            "max_images", "max_image_size", "max_image_pixels", "decode_workers", "max_body_size",
+            "max_queued_requests", "max_queued_bytes", "max_connections", "default_max_tokens",
+        ),
+        1,
+    ),
+    **dict.fromkeys(("decode_timeout", "request_timeout"), 0.001),
+    **dict.fromkeys(("drain_timeout", "max_restarts"), 0),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,7 +92,8 @@ class ServerConfig:
     warm_up: bool = option(True, "Answer about an image of the largest size before /ready turns green.")
     log_level: str = option("info", "debug, info, warning or error. Never logs prompts, answers or images.")
 
-    @property
-    def has_keys(self) -> bool:
-        """Whether callers must show a key."""
-        return bool(self.api_key or self.api_key_file)
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value < math.inf:  # false for NaN
+                raise ParameterError(f"{name} must be a number of at least {least:g}. Given: {value!r}", name)

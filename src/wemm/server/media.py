@@ -96,10 +96,10 @@ class MediaLoader:
             descriptor = _open_below(self._root, Path(os.path.realpath(path)).relative_to(self._root).parts)
         except (OSError, ValueError):
             raise MediaError(_UNREADABLE) from None
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise MediaError(_UNREADABLE)
         with os.fdopen(descriptor, "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise MediaError(_UNREADABLE)
             data = file.read(self._max_bytes + 1)
         if len(data) > self._max_bytes:
             raise MediaError(f"the file has more than {self._max_bytes} bytes, the limit of --max-image-size")

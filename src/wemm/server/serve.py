@@ -48,6 +48,7 @@ async def _run(
     on_started: Callable[[Sequence[str]], None],
 ) -> None:
     api_keys = read_api_keys(server.api_key, server.api_key_file)
+    read_api_keys([server.admin_key] if server.admin_key else [], None)  # refused by the same rules
     model_name = server.served_model_name or Path(engine.model).name
     metrics = Metrics(model_name)
     decoders = DecodePool(
