@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,20 +88,35 @@ def served() -> Iterator[Served]:
         assert service.stop() == 0
 
 
-@pytest.fixture
-def serve() -> Iterator[Callable[..., Served]]:
-    """serve(*options): a service of one's own, stopped in the end."""
+@contextmanager
+def _starting() -> Iterator[Callable[..., Served]]:
     started: list[Served] = []
 
     def start(*options: str, **kwargs: Any) -> Served:
         started.append(Served(*options, **kwargs))
         return started[-1]
 
-    yield start
-    for service in started:
-        if service.process.poll() is None:
-            service.process.kill()
-            service.process.wait()
+    try:
+        yield start
+    finally:
+        for service in started:
+            if service.process.poll() is None:
+                service.process.kill()
+                service.process.wait()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Served]]:
+    """serve(*options): a service of one's own, ended with the test."""
+    with _starting() as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def serve_module() -> Iterator[Callable[..., Served]]:
+    """The same for a module."""
+    with _starting() as start:
+        yield start
 
 
 @pytest.fixture
