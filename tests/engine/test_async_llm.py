@@ -153,6 +153,19 @@ def test_when_the_engine_ends_everybody_hears_of_it(ask, end, error, message):
     asyncio.run(run())
 
 
+def test_what_the_engine_logs_is_logged_by_its_door(caplog):
+    async def run():
+        async with AsyncLLM("tiny", **MODEL) as engine:
+            _break(engine)
+            await engine.wait_until_ended()
+
+    with caplog.at_level("INFO", logger="wemm"):
+        asyncio.run(run())
+    started, failed = [r.getMessage() for r in caplog.records if r.name.startswith("wemm.engine")]
+    assert started.startswith("tiny on cpu in float32")
+    assert failed.startswith("the engine has come to its end\nTraceback")
+
+
 def test_the_engine_ends_with_its_door():
     """Also when nobody closes it: nothing may go on computing for a process that was killed."""
     code = """

@@ -6,6 +6,7 @@ large one holds up only what was ordered after it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -13,21 +14,20 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from wemm.config import EngineConfig
 from wemm.engine.build import BuiltEngine, build_engine
 from wemm.engine.engine import Engine
-from wemm.engine.engine_process import Advanced, Began, Checked, Ended, Pipe, Started, Stepped
+from wemm.engine.engine_process import Advanced, Began, Checked, Ended, Logged, Pipe, Started, Stepped
 from wemm.engine.sequence import Request
 from wemm.engine.structured import GrammarCompiler
 from wemm.errors import EngineError, WemmError
 from wemm.progress import Advance
 from wemm.request import RequestOutput
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("wemm.engine.engine_host")  # not __main__
 
 _Order = tuple[str, tuple[Any, ...]]
 
@@ -113,6 +113,19 @@ class _Host:
         return replace(output, prompt_token_ids=(), outputs=tuple(answers))
 
 
+class _ToTheDoor(logging.Handler):
+    """Log records as reports."""
+
+    def __init__(self, pipe: Pipe) -> None:
+        super().__init__()
+        self._pipe = pipe
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Send one, with its traceback if it has one."""
+        with contextlib.suppress(OSError):  # the door is gone
+            self._pipe.send(Logged(record.name, record.levelno, self.format(record)))
+
+
 def _integrity(engine: Engine) -> WemmError | None:
     try:
         engine.check_integrity()
@@ -124,10 +137,10 @@ def _integrity(engine: Engine) -> WemmError | None:
 def _main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C and a service manager's end are the door's to handle
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     pipe = Pipe(int(sys.argv[1]))
+    logging.basicConfig(level=logging.INFO, handlers=[_ToTheDoor(pipe)])
 
-    @contextmanager
+    @contextlib.contextmanager
     def reported(description: str, total: int | None, unit: str) -> Iterator[Advance]:
         pipe.send(Began((description, total, unit)))
         yield lambda amount: pipe.send(Advanced(amount))

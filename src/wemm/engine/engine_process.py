@@ -9,6 +9,7 @@ unasked, the door hears of it as EngineDeadError.
 from __future__ import annotations
 
 import contextlib
+import logging
 import pickle
 import queue
 import socket
@@ -70,6 +71,15 @@ class Checked:
 
 
 @dataclass(frozen=True)
+class Logged:
+    """A log record, to be written where and how the door writes its own."""
+
+    logger: str
+    level: int
+    message: str
+
+
+@dataclass(frozen=True)
 class Ended:
     """The engine has come to its end, or never began."""
 
@@ -77,16 +87,19 @@ class Ended:
 
 
 Report = Stepped | Checked | Ended
+"""What concerns requests."""
 
 
 class Pipe:
     """Pickled objects over a connected socket.
 
-    Plainly pickled: multiprocessing's own way would send tensors as descriptors of shared memory.
+    Plainly pickled: multiprocessing's own way would send tensors as descriptors of shared memory. Any thread may
+    send, one receives.
     """
 
     def __init__(self, descriptor: int) -> None:
         self._connection = Connection(descriptor)
+        self._sending = threading.Lock()
 
     def send(self, value: Any) -> None:
         """Raises OSError if the other end is gone."""
@@ -94,7 +107,8 @@ class Pipe:
 
     def send_pickled(self, value: bytes) -> None:
         """The same for what is pickled already."""
-        self._connection.send_bytes(value)
+        with self._sending:
+            self._connection.send_bytes(value)
 
     def receive(self) -> Any:
         """Waits. Raises EOFError or OSError if the other end is gone."""
@@ -170,6 +184,8 @@ class EngineProcess:
                     advance = bar.__enter__()
                 elif isinstance(report, Advanced):
                     advance(report.amount)
+                elif isinstance(report, Logged):
+                    _log(report)
                 elif isinstance(report, Ended):
                     raise report.error
                 else:
@@ -197,6 +213,9 @@ class EngineProcess:
         try:
             while True:
                 received = self._pipe.receive()
+                if isinstance(received, Logged):
+                    _log(received)
+                    continue
                 report(received)
                 if isinstance(received, Ended):
                     return
@@ -214,6 +233,10 @@ class EngineProcess:
             self._process.kill()
             status = self._process.wait()
         return EngineDeadError(f"the engine's process {_how(status)}; what it had under way is lost")
+
+
+def _log(record: Logged) -> None:
+    logging.getLogger(record.logger).log(record.level, record.message)
 
 
 def _how(status: int) -> str:
