@@ -118,6 +118,7 @@ class _ToTheDoor(logging.Handler):
 
     def __init__(self, pipe: Pipe) -> None:
         super().__init__()
+        self.setFormatter(logging.Formatter())  # the message alone
         self._pipe = pipe
 
     def emit(self, record: logging.LogRecord) -> None:
