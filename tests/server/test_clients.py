@@ -32,3 +32,17 @@ def test_litellm(served, monkeypatch):
         assert answer.choices[0].message.content == "WEMM"
         stream = litellm.completion(messages=conversation("number.png"), stream=True, **call)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "2048"
+
+
+def test_the_client_of_text_generation_inference(served):
+    """huggingface_hub's, which speaks TGI's own routes."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    client = huggingface_hub.InferenceClient(model=served.url, timeout=60)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of routes it would rather not speak
+        whole = client.text_generation("What colour is", max_new_tokens=6, details=True)
+        assert len(whole.details.tokens) == whole.details.generated_tokens
+        assert "".join(t.text for t in whole.details.tokens if not t.special) == whole.generated_text
+        events = list(client.text_generation("What colour is", max_new_tokens=6, details=True, stream=True))
+    assert events[-1].generated_text == whole.generated_text
+    assert "".join(e.token.text for e in events if not e.token.special) == whole.generated_text
