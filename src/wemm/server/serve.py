@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -30,6 +32,8 @@ from wemm.server.media import MediaLoader
 from wemm.server.metrics import Metrics
 from wemm.server.service import Service
 
+_M_ARENA_MAX = -8
+
 
 def run(
     server: ServerConfig,
@@ -38,6 +42,7 @@ def run(
     on_started: Callable[[Sequence[str]], None],
 ) -> None:
     """Serve until a signal ends it. Raises ClientError for whatever the operator can mend."""
+    _use_one_heap()
     asyncio.run(_run(server, engine, progress, on_started))
 
 
@@ -120,6 +125,13 @@ def _listeners(server: ServerConfig, service: Service, api_keys: tuple[str, ...]
         app = make_metrics_app(service, api_keys)
         listeners.append(Listener(app, server.management_host, server.metrics_port, tls))
     return listeners
+
+
+def _use_one_heap() -> None:
+    """glibc has one for every few threads, and in each of them stays some of what large bodies took."""
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def _stop(force: bool) -> None:

@@ -14,6 +14,8 @@ from wemm.server.service import Service
 
 _KEEP_ALIVE_SECONDS = 15.0
 _KEEP_ALIVE = ": keep-alive\n\n"
+NOT_STORED = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+"""Headers of every stream."""
 DONE = "data: [DONE]\n\n"
 _MEDIA_TYPE = "text/event-stream"
 _ONE_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
@@ -42,24 +44,21 @@ class EventStream(StreamingResponse):
     ) -> None:
         """`describe` makes the body of an event of whatever failed; `end` is sent last in any case."""
         super().__init__(
-            _alive(_until_failure(events, service, describe, end)),
-            headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+            _alive(until_failure(events, service, lambda error: event(describe(error)), end)), headers=NOT_STORED
         )
 
 
-async def _until_failure(
-    events: AsyncGenerator[str, None],
-    service: Service,
-    describe: Callable[[Exception], Mapping[str, Any]],
-    end: str,
+async def until_failure(
+    pieces: AsyncGenerator[str, None], service: Service, last_words: Callable[[Exception], str], end: str = ""
 ) -> AsyncGenerator[str, None]:
+    """The same pieces; where they fail, a last one that says why, for the status is sent by then."""
     try:
-        async with aclosing(events):
-            async for line in events:
-                yield line
-    except Exception as error:  # noqa: BLE001 - the status is sent: whatever it is, it becomes an event
+        async with aclosing(pieces):
+            async for piece in pieces:
+                yield piece
+    except Exception as error:  # noqa: BLE001 - whatever it is, the client must hear of it
         service.note(error)
-        yield event(describe(error))
+        yield last_words(error)
     if end:
         yield end
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing
 from typing import Any
 
 from starlette.responses import StreamingResponse
 
 from wemm.server.service import Service
+from wemm.server.stream import NOT_STORED, until_failure
 
 NUL = "\0"
 
@@ -29,20 +29,5 @@ class NulStream(StreamingResponse):
         describe: Callable[[Exception], Mapping[str, Any]],
     ) -> None:
         """`describe` makes an object of whatever failed."""
-        super().__init__(
-            _until_failure(objects, service, describe),
-            media_type="text/plain",
-            headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
-        )
-
-
-async def _until_failure(
-    objects: AsyncGenerator[str, None], service: Service, describe: Callable[[Exception], Mapping[str, Any]]
-) -> AsyncGenerator[str, None]:
-    try:
-        async with aclosing(objects):
-            async for line in objects:
-                yield line
-    except Exception as error:  # noqa: BLE001 - the status is sent: whatever it is, it becomes an object
-        service.note(error)
-        yield nul_object(describe(error))
+        pieces = until_failure(objects, service, lambda error: nul_object(describe(error)))
+        super().__init__(pieces, media_type="text/plain", headers=NOT_STORED)
