@@ -29,12 +29,16 @@ def _ask(client, name="word.png", **more):
 
 
 def _engine(service):
-    [engine] = [
+    [engine] = _engines(service)
+    return engine
+
+
+def _engines(service):
+    return [
         child
         for child in psutil.Process(service.process.pid).children()
         if "wemm.engine.engine_host" in child.cmdline()
     ]
-    return engine
 
 
 def _gauge(client, name):
@@ -44,8 +48,8 @@ def _gauge(client, name):
 def _until(condition, seconds=60):
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        if condition():
-            return
+        if found := condition():
+            return found
         time.sleep(0.02)
     raise AssertionError(condition)
 
@@ -72,6 +76,13 @@ def test_a_model_that_cannot_be_loaded_ends_the_service():
     assert result.stderr.splitlines()[-1].startswith("error: max_model_len must be in [2, ")
 
 
+def test_a_service_that_is_stopped_while_it_loads_ends_at_once(serve):
+    service = serve()
+    engine = _until(lambda: _engines(service))[0]
+    assert service.stop() == 0
+    _until(lambda: not engine.is_running())
+
+
 def test_a_killed_engine_is_replaced_and_nobody_waits_for_it(serve):
     service = serve("--max-restarts", "1").wait_until_ready()
     with service.client() as client, concurrent.futures.ThreadPoolExecutor(9) as pool:
@@ -94,6 +105,7 @@ def test_a_killed_engine_is_replaced_and_nobody_waits_for_it(serve):
         assert "started again" in red.json()["reason"] or "warming up" in red.json()["reason"]
         service.wait_until_ready()
         assert _ask(client).json()["choices"][0]["message"]["content"] == "WEMM"
+        assert _gauge(client, "wemm_engine_restarts_total") == 1
         # Once is what was allowed.
         _engine(service).kill()
         _until(lambda: "died 2 times; restart the service" in client.get("/ready").text)

@@ -80,6 +80,11 @@ class _Parser(h11.Connection):
     def next_event(self) -> Any:
         """As h11's; a failure leaves its status in `refusal`."""
         try:
+            if self.their_state is h11.IDLE:
+                head = self.trailing_data[0].partition(b"\r\n\r\n")[0]
+                if b"\n" in head.replace(b"\r\n", b""):
+                    # To h11 the end of a line; a proxy before us may have taken two lines for one.
+                    raise h11.RemoteProtocolError("a line feed alone", error_status_hint=400)
             event = super().next_event()
             if isinstance(event, h11.Request):
                 self._check(event)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 
 from PIL import Image
 
@@ -64,7 +66,7 @@ class EngineSupervisor:
 
     async def start(self) -> None:
         """Load the model. Raises what `AsyncLLM` raises: a mistake must end the service, not be tried again."""
-        self._llm = await asyncio.to_thread(self._start)
+        self._llm = await _in_daemon_thread(self._start)
 
     async def run(self) -> None:
         """Warm up and watch the started engine, and those after it; returns when one more must not be tried."""
@@ -75,20 +77,21 @@ class EngineSupervisor:
                 self._ready.clear()
                 llm, self._llm = self._llm, None
                 await asyncio.shield(llm.close())
-            if not self._may_restart():
-                self.has_given_up = True
-                self._why_not = f"the engine died {self._max_restarts + 1} times; restart the service"
-                logger.error(self._why_not)
-                return
+            await self._restart()
+
+    async def _restart(self) -> None:
+        """Another engine, or none if there were enough. One that does not come up counts like one that died."""
+        while self._may_restart():
             self._why_not = "the engine died and is being started again"
             self.num_restarts += 1
             try:
-                self._llm = await asyncio.to_thread(self._start)
-            except WemmError as error:
-                self.has_given_up = True
-                self._why_not = f"the engine could not be started again: {error}"
-                logger.error(self._why_not)
+                await self.start()
                 return
+            except WemmError as error:
+                logger.error("the engine could not be started again: %s", error)
+        self.has_given_up = True
+        self._why_not = f"the engine died {self._max_restarts + 1} times; restart the service"
+        logger.error(self._why_not)
 
     async def _until_it_ends(self, llm: AsyncLLM) -> None:
         ended = asyncio.create_task(llm.wait_until_ended())
@@ -117,6 +120,20 @@ class EngineSupervisor:
         while now - self._deaths[0] > _RESTART_WINDOW:
             self._deaths.popleft()
         return len(self._deaths) <= self._max_restarts
+
+
+async def _in_daemon_thread(call: Callable[[], AsyncLLM]) -> AsyncLLM:
+    # A service that is stopped while it loads does not wait until it has loaded.
+    future: Future[AsyncLLM] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:  # noqa: BLE001 - told to whoever waits
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="wemm-start", daemon=True).start()
+    return await asyncio.wrap_future(future)
 
 
 async def _answer_largest_image(llm: AsyncLLM) -> None:

@@ -59,10 +59,14 @@ class Metrics:
         self._cancelled = counter("wemm_cancelled", "Requests whose client left, by stage.", "stage")
 
     def watch(
-        self, stats: Callable[[], EngineStats | None], ready: Callable[[], bool], admission: Admission
+        self,
+        stats: Callable[[], EngineStats | None],
+        ready: Callable[[], bool],
+        num_restarts: Callable[[], int],
+        admission: Admission,
     ) -> None:
         """Show the numbers of others, read when asked."""
-        self.registry.register(_StateCollector(self._labels, stats, ready, admission))
+        self.registry.register(_StateCollector(self._labels, stats, ready, num_restarts, admission))
 
     def listen(self, listener: Callable[[RequestOutput, int], None]) -> None:
         """Call it with every finished request and the number of tokens of its answers."""
@@ -117,16 +121,20 @@ class _StateCollector(Collector):
         labels: dict[str, str],
         stats: Callable[[], EngineStats | None],
         ready: Callable[[], bool],
+        num_restarts: Callable[[], int],
         admission: Admission,
     ) -> None:
         self._labels = labels
         self._stats = stats
         self._ready = ready
+        self._num_restarts = num_restarts
         self._admission = admission
 
     def collect(self) -> Iterable[Metric]:
         """Gauges and counters of the engine that runs now; without one, only that there is none."""
         yield self._gauge("wemm_ready", "1 while the service can answer.", self._ready())
+        restarts = self._num_restarts()
+        yield self._counter("wemm_engine_restarts", "Times the engine was started again.", restarts)
         admission = self._admission
         yield self._gauge("wemm_accepted_requests", "Requests under way, in any stage.", admission.num_requests)
         yield self._gauge("wemm_accepted_bytes", "Bytes of their bodies and pixels.", admission.num_bytes)
@@ -149,9 +157,12 @@ class _StateCollector(Collector):
             ("wemm_draft_tokens", "Tokens guessed ahead.", stats.num_draft_tokens),
             ("wemm_accepted_tokens", "Guesses that came true.", stats.num_accepted_tokens),
         ):
-            family = CounterMetricFamily(name, text, labels=list(self._labels))
-            family.add_metric(list(self._labels.values()), value)
-            yield family
+            yield self._counter(name, text, value)
+
+    def _counter(self, name: str, text: str, value: float) -> Metric:
+        family = CounterMetricFamily(name, text, labels=list(self._labels))
+        family.add_metric(list(self._labels.values()), value)
+        return family
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, text, labels=list(self._labels))

@@ -152,7 +152,9 @@ class Service:
         self._media = media
         self.admission = Admission(config.max_queued_requests, config.max_queued_bytes)
         self._usual_seconds = 1.0
-        metrics.watch(lambda: supervisor.stats, lambda: self.is_ready, self.admission)
+        metrics.watch(
+            lambda: supervisor.stats, lambda: self.is_ready, lambda: supervisor.num_restarts, self.admission
+        )
         metrics.listen(lambda output, num_tokens: self._took(output.metrics.total))
 
     @property

@@ -238,7 +238,8 @@ def test_a_url_is_read_in_one_way(alice, network, bystander, url):
 
 @pytest.mark.security("S4")
 @pytest.mark.parametrize(
-    "url", ["HTTP://PUBLIC.EXAMPLE/word.png", "http://public.example./word.png", "http://public.example:80/word.png"]
+    "url",
+    ["HTTP://PUBLIC.EXAMPLE/word.png", "http://public.example./word.png", "http://public.example:80/word.png"],
 )
 def test_spellings_of_an_allowed_url_are_the_same(alice, network, url):
     assert answer_about(alice, url) == "WEMM"

@@ -158,7 +158,9 @@ def test_a_link_that_changes_meanwhile_leads_nowhere(alice, tree):
     """As fast as it can between an image inside and one outside; the one outside has another size."""
     outside = tree.parent / "outside"
     (outside / "secret.png").write_bytes((IMAGES / "word.png").read_bytes())
-    size = alice.post("/tokenize", json={"messages": about(f"file:{tree}/below/secret.png")}).json()["image_tokens"]
+    size = alice.post("/tokenize", json={"messages": about(f"file:{tree}/below/secret.png")}).json()[
+        "image_tokens"
+    ]
     places = map(str, (tree / "swapped", tree / "other", tree / "below", outside))
     swapping = subprocess.Popen([sys.executable, "-c", SWAP, *places])
     try:
@@ -176,4 +178,6 @@ def test_without_the_option_no_file_is_read(client, tree):
     for url in (f"file://{tree}/word.png", "file:///etc/passwd", "file:///no/such/file"):
         assert "file: URLs are not read here" in refusal_of(client, url)
     url = f"file://{quote(str(tree))}/word.png"
-    assert chat(client, [{"role": "user", "content": [{"type": "image_url", "image_url": url}]}]).status_code == 400
+    assert (
+        chat(client, [{"role": "user", "content": [{"type": "image_url", "image_url": url}]}]).status_code == 400
+    )

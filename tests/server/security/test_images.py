@@ -103,7 +103,9 @@ def test_what_is_no_image_in_base64_is_refused(alice, network, url):
 
 
 @pytest.mark.security("S7")
-@pytest.mark.parametrize("kind", ["image/jpeg", "image/svg+xml", "text/html", "", "IMAGE/PNG", "image/png;name=a.svg"])
+@pytest.mark.parametrize(
+    "kind", ["image/jpeg", "image/svg+xml", "text/html", "", "IMAGE/PNG", "image/png;name=a.svg"]
+)
 def test_an_image_is_what_its_bytes_are(alice, kind):
     assert answer_about(alice, data_url("word.png").replace("image/png", kind)) == "WEMM"
 
@@ -127,7 +129,10 @@ def test_images_are_counted_before_any_is_decoded(alice, admin, neighbour):
     before = figure(admin, "wemm_decode_seconds_count")
     for count in (MAX_IMAGES + 1, 10_000):
         part = {"type": "image_url", "image_url": {"url": url_of(SAMPLES["png"]) if count < 100 else DATA}}
-        messages = [{"role": "user", "content": [part] * (count // 2)}, {"role": "user", "content": [part] * count}]
+        messages = [
+            {"role": "user", "content": [part] * (count // 2)},
+            {"role": "user", "content": [part] * count},
+        ]
         refused = chat(alice, messages)
         assert refused.status_code == 400
         assert refused.json()["error"]["param"] == "messages"
@@ -146,7 +151,9 @@ def test_odd_sizes_are_answered(alice, size):
 
 
 @pytest.mark.security("S8")
-@pytest.mark.parametrize("size", [(0, 0), (0, 1), (1, 0), (65535, 65535), (2**31 - 1, 1), (2**31 - 1,) * 2, (2**32 - 1,) * 2])
+@pytest.mark.parametrize(
+    "size", [(0, 0), (0, 1), (1, 0), (65535, 65535), (2**31 - 1, 1), (2**31 - 1,) * 2, (2**32 - 1,) * 2]
+)
 def test_sizes_that_cannot_be_are_refused(alice, size):
     assert answered_in_time(alice, png_file(*size, bits=1, rows=bytes(100)), seconds=2) == 400
 
@@ -170,7 +177,8 @@ def quarter_of_a_gigabyte():
 
 @pytest.mark.security("S9")
 @pytest.mark.parametrize(
-    "name", ["30000x30000", "65535x65535", "beyond the limit", "IDAT beyond the size", "10000 IDAT", "apng of no frames"]
+    "name",
+    ["30000x30000", "65535x65535", "beyond the limit", "IDAT beyond the size", "10000 IDAT", "apng of no frames"],
 )
 def test_bombs_are_refused_by_their_headers_or_read_as_small_as_they_are(alice, neighbour, name):
     answered_in_time(alice, HOSTILE[name], seconds=2)
@@ -256,7 +264,19 @@ def test_ten_thousand_frames_cost_as_much_as_one(alice):
 @pytest.mark.security("S11")
 @pytest.mark.parametrize(
     "name",
-    ["tiff of pages", "tiff of floats", "jpeg in tiff", "heic", "avif", "psd", "ico", "eps", "pdf", "wmf", "nothing"],
+    [
+        "tiff of pages",
+        "tiff of floats",
+        "jpeg in tiff",
+        "heic",
+        "avif",
+        "psd",
+        "ico",
+        "eps",
+        "pdf",
+        "wmf",
+        "nothing",
+    ],
 )
 def test_other_formats_are_refused_by_name(alice, name):
     assert not Image.open(io.BytesIO(SAMPLES["png"])).format == name

@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from wemm.request import MAX_LOGIT_BIAS
 
+_INT32_MAX = 2**31 - 1
 _INT64_MAX = 2**63 - 1
 
 Item = TypeVar("Item")
@@ -125,14 +126,16 @@ class Sampling(Body):
     guided_choice: Items[str] | None = None
     structured_outputs: StructuredOutputs | None = None
     priority: int | None = Field(None, description="Smaller goes first.")
-    timeout: float | None = Field(None, description="Seconds for the whole answer.")
+    timeout: float | None = Field(None, gt=0, description="Seconds for the whole answer.")
 
 
 class ChatCompletionRequest(Sampling):
     """POST /v1/chat/completions."""
 
     messages: Items[ChatMessage] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, description="The newer name of max_tokens; wins over it.")
+    max_completion_tokens: int | None = Field(
+        None, ge=1, le=_INT32_MAX, description="The newer name of max_tokens; wins over it."
+    )
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
