@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 # gpu-check runs wherever torch, triton and pytest are, with or without `make setup`.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: help setup demo check test test-slow bench gpu-check clean
+.PHONY: help setup demo check test test-slow security bench gpu-check clean
 
 help:             ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/  /'
@@ -42,6 +42,9 @@ test: setup       ## the fast tests
 
 test-slow: setup  ## tests that take minutes or gigabytes
 	$(BIN)/python -m pytest -m slow
+
+security: setup   ## the security scorecard: a service under attack, row by row
+	$(BIN)/python -m pytest tests/server/security -m "" --scorecard
 
 bench: setup      ## every op and kernel against its ceiling
 	$(BIN)/wemm bench ops

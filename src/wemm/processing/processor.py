@@ -113,6 +113,9 @@ class Processor:
             if isinstance(segment, Control):
                 token_ids.append(self._tokenizer.control_ids[segment.name])
             elif isinstance(segment, Text):
+                # Whatever its tokens are: to find them in megabytes takes seconds.
+                least = len(token_ids) + len(segment.text) // self._tokenizer.longest_piece
+                self._check_len(least, "at least ")
                 token_ids += self._tokenizer.encode(segment.text)
             else:
                 span = ImageSpan(len(token_ids), self._open_image(segment))
@@ -127,9 +130,9 @@ class Processor:
         except MediaError as error:
             raise MediaError(f"{part.param}: {error}", part.param) from None
 
-    def _check_len(self, length: int) -> None:
+    def _check_len(self, length: int, about: str = "") -> None:
         if length > self._max_prompt_len:
             raise PromptTooLongError(
-                f"the prompt has {length} tokens, but max_model_len {self._max_prompt_len + 1} leaves room "
+                f"the prompt has {about}{length} tokens, but max_model_len {self._max_prompt_len + 1} leaves room "
                 f"for {self._max_prompt_len}; shorten it or raise --max-model-len"
             )

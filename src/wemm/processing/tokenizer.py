@@ -37,6 +37,8 @@ class Tokenizer:
             self._pieces: list[str] = [self._model.id_to_piece(i) for i in range(self.vocab_size)]
         except UnicodeDecodeError as error:
             raise CheckpointError(f"{path}: a piece of the vocabulary is not UTF-8 ({error.reason})") from None
+        self.longest_piece: int = max(map(len, self._pieces))
+        """Characters that one token spells at most."""
         self.bos_id: int = self._model.bos_id()
         self.control_ids: Mapping[str, int] = self._read_control_ids(directory)
         self._control_names = {token_id: name for name, token_id in self.control_ids.items()}

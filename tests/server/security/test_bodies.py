@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from tests.server.conftest import image_part
 from tests.server.security.conftest import ALICE, MAX_BODY, Wire, about, chat
 from wemm.checkpoint.checkpoint import BUNDLED_DIRECTORY
 from wemm.processing.tokenizer import Tokenizer
@@ -68,7 +69,7 @@ LARGE = {
     "messages": repeated(b'{"messages":[', MESSAGE, b"]}", 10**6),
     "messages of the pope": repeated(b'{"messages":[', b'{"role":"pope","content":1}', b"]}", 10**6),
     "parts": repeated(b'{"messages":[{"role":"user","content":[', PART, b"]}]}", 10**6),
-    "parts of no kind": repeated(b'{"messages":[{"role":"user","content":[', b'{"type":"x"}', b"]}]}", 10**6),
+    "parts of no kind": repeated(b'{"messages":[{"role":"user","content":[', b'{"type":"x"}', b"]}]}", 8 * 10**5),
     "text": body(messages=[{"role": "user", "content": "a" * (MAX_BODY - 1000)}]),
     "NUL": body(messages=[{"role": "user", "content": "\0" * (MAX_BODY // 6 - 1000)}]),
     "escapes": body(messages=[{"role": "user", "content": "\\" * (MAX_BODY // 2 - 1000)}]),
@@ -197,7 +198,8 @@ OUT_OF_RANGE = [
     *[("top_logprobs", value) for value in (-1, 21, 10**6, "1")],
     *[("logprobs", value) for value in (10**6, "true")],
     *[("seed", value) for value in (2**63, "1", 1.5, True)],
-    *[("logit_bias", value) for value in ({"-1": 1}, {"768": 1}, {"a": 1}, {"1": 101}, {"1": -1e308}, {"1": "1"}, [1])],
+    *[("logit_bias", {token: 1}) for token in ("-1", "768", "a", "1.5", "")],
+    *[("logit_bias", value) for value in ({"1": 101}, {"1": -1e308}, {"1": "1"}, [1])],
     ("logit_bias", {str(i): 1 for i in range(10**5)}),
     *[("stop_token_ids", value) for value in ([-1], [768], [2**31], ["1"], [True], 1)],
     *[("presence_penalty", value) for value in (-2.1, 2.1, "1")],
@@ -225,8 +227,7 @@ MESSAGES = [
     ({"role": "user", "content": []}, "messages[0].content"),
     ({"role": "user", "content": [{"type": "text"}]}, "messages[0].content[0].text"),
     ({"role": "user", "content": [{"type": "image", "image": "/etc/passwd"}]}, "messages[0].content[0]"),
-    ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "messages[0].content[0].image_url.url"),
-    ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": ""}}]}, "messages[0].content[0].image_url.url"),
+    ({"role": "user", "content": [{"type": "image_url"}]}, "messages[0].content[0].image_url"),
     ({"role": "assistant", "content": "?"}, "messages"),
     ({"role": "system", "content": "?"}, "messages"),
 ]  # fmt: skip
@@ -388,17 +389,13 @@ def test_so_it_is_in_messages_of_all_roles(alice, tokenizer, role):
 
 @pytest.mark.security("S16")
 def test_a_placeholder_that_is_spelled_binds_no_image(alice):
-    [message] = about("data:image/png;base64,AAAA")
     counts = set()
     for text in ("x", "<image>", "<image><image>", "-200", "<|image|>"):
-        content = [{"type": "text", "text": text}, {"type": "image_url", "image_url": {"url": PICTURE}}]
-        counted = alice.post("/tokenize", json={"messages": [{**message, "content": content}]}).json()
+        content = [{"type": "text", "text": text}, image_part("word.png")]
+        counted = alice.post("/tokenize", json={"messages": [{"role": "user", "content": content}]}).json()
         assert counted["tokens"].count(-200) == counted["image_tokens"]
         counts.add(counted["image_tokens"])
     assert len(counts) == 1
-
-
-PICTURE = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
 
 
 @pytest.mark.security("S16")
@@ -429,4 +426,4 @@ def test_a_prompt_that_is_too_long_says_by_how_much(alice, neighbour, text):
     assert refused.status_code == 400
     error = refused.json()["error"]
     assert error["code"] == "context_length_exceeded"
-    assert re.search(r"has \d{6,7} tokens, but max_model_len 1024 leaves room for 1023", error["message"])
+    assert re.search(r"has at least \d{5,7} tokens, but max_model_len 1024 leaves room for 1023", error["message"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -279,7 +278,6 @@ def test_ten_thousand_frames_cost_as_much_as_one(alice):
     ],
 )
 def test_other_formats_are_refused_by_name(alice, name):
-    assert not Image.open(io.BytesIO(SAMPLES["png"])).format == name
     if HOSTILE[name]:
         assert "formats JPEG, PNG, WEBP, GIF, BMP" in refusal_of(alice, url_of(HOSTILE[name]))
     else:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 import wemm
@@ -46,7 +46,12 @@ def management_router(service: Service, stop: Callable[[bool], None]) -> APIRout
     _add_configuration(routes, service)
 
     @routes.get("/stopService", summary="End the service, after what is under way or (mode=Force) now")
-    async def stop_service(mode: str | None = None) -> Response:
+    async def stop_service(request: Request, mode: str | None = None) -> Response:
+        # A link of any page leads here; an origin that is named has been found to be allowed.
+        site = request.headers.get("sec-fetch-site", "none")
+        if site not in ("none", "same-origin") and "origin" not in request.headers:
+            message = "pages of other origins may not stop this service"
+            return error_response(Refusal(HTTPStatus.FORBIDDEN, "origin_not_allowed", message))
         if mode not in (None, "", "Force"):
             raise ParameterError(f"mode must be Force or absent. Given: {mode[:100]!r}", "mode")
         stop(mode == "Force")

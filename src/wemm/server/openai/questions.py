@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from wemm.errors import ClientError, ParameterError
+from wemm.errors import ParameterError
 from wemm.request import MAX_LOGPROBS, SamplingParams, StructuredOutputsParams
-from wemm.server.body import parse_json
+from wemm.server.openai.grammar_limits import check_grammar_size
 from wemm.server.openai.protocol import ChatCompletionRequest, ChatMessage, CompletionRequest, Sampling
 from wemm.server.service import Question
 
@@ -19,12 +17,6 @@ _SAME_NAME = (
 )  # fmt: skip
 _UINT64 = 2**64
 _COMPLETIONS_MAX_TOKENS = 16
-_MAX_REGEX_LEN = 8192
-_MAX_CHOICES = 4096
-_MAX_CHOICES_LEN = 65536
-_MAX_SCHEMA_LEN = 100_000
-_MAX_SCHEMA_LEVELS = 600
-"""The compiler recurses once per level, through every $ref, and has the stack of a thread for it."""
 
 
 def chat_question(body: ChatCompletionRequest, default: SamplingParams, room: int) -> Question:
@@ -121,38 +113,5 @@ def _structured_outputs(body: Sampling) -> StructuredOutputsParams | None:
             )
         wanted["json"] = response_format.json_schema.schema_
     wanted = {name: value for name, value in wanted.items() if value is not None}
-    _check_sizes(wanted)
+    check_grammar_size(wanted)
     return StructuredOutputsParams(**wanted) if wanted else None
-
-
-def _check_sizes(wanted: Mapping[str, Any]) -> None:
-    """What the compiler of grammars fails at, or takes too long for. Raises ParameterError."""
-    schema, choices = wanted.get("json", ""), wanted.get("choice", ())
-    text = schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False)
-    sizes = {
-        "regex: characters": (len(wanted.get("regex", "")), _MAX_REGEX_LEN),
-        "choice: choices": (len(choices), _MAX_CHOICES),
-        "choice: characters": (sum(map(len, choices)), _MAX_CHOICES_LEN),
-        "json: characters": (len(text), _MAX_SCHEMA_LEN),
-    }
-    if text:
-        try:
-            levels = _num_levels(parse_json(text.encode()))
-        except ClientError as error:
-            raise ParameterError(f"structured_outputs.json: {error}", "structured_outputs") from None
-        sizes["json: levels times references"] = (levels, _MAX_SCHEMA_LEVELS)
-    for name, (size, most) in sizes.items():
-        if size > most:
-            raise ParameterError(f"structured_outputs.{name} are {size}; at most {most}", "structured_outputs")
-
-
-def _num_levels(schema: Any) -> int:
-    """A schema is at most so deep, every $ref of it followed once."""
-    depth, references, level = 0, {""}, [schema]
-    while level:
-        depth += 1
-        objects = [value for value in level if isinstance(value, dict)]
-        references |= {str(value["$ref"]) for value in objects if "$ref" in value}
-        lists = [value for value in level if isinstance(value, list)]
-        level = [child for value in (*lists, *(value.values() for value in objects)) for child in value]
-    return depth * len(references)

@@ -1,7 +1,7 @@
 """The network of the service under test: Python imports this first where PYTHONPATH names its directory.
 
-Names resolve as the tests say, public addresses are servers of the tests, and every look-up and every connection is
-written down, so that a test can tell that there was none.
+Names resolve as the tests say, public addresses are servers of the tests, and every look-up and every connection
+is written down, so that a test can tell that there was none.
 """
 
 import json
