@@ -83,14 +83,14 @@ LARGE = {
 
 
 @pytest.mark.security("S14")
-@pytest.mark.parametrize("name", NO_JSON)
-def test_what_is_not_json_to_the_letter_is_refused(alice, neighbour, name):
-    started = time.monotonic()
-    refused = alice.post(CHAT, content=NO_JSON[name])
-    assert time.monotonic() - started < 2
-    assert refused.status_code == 400
-    assert "JSON" in refused.json()["error"]["message"]
-    assert len(refused.text) < 1000
+def test_what_is_not_json_to_the_letter_is_refused(alice, neighbour):
+    for name, content in NO_JSON.items():
+        started = time.monotonic()
+        refused = alice.post(CHAT, content=content)
+        assert time.monotonic() - started < 2, name
+        assert refused.status_code == 400, name
+        assert "JSON" in refused.json()["error"]["message"], name
+        assert len(refused.text) < 1000, name
 
 
 @pytest.mark.security("S14")
@@ -234,22 +234,23 @@ MESSAGES = [
 
 
 @pytest.mark.security("S15")
-@pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE, ids=lambda value: repr(value)[:30])
-def test_a_parameter_out_of_range_is_named(alice, name, value):
+@pytest.mark.parametrize("name", dict(OUT_OF_RANGE))
+def test_a_parameter_out_of_range_is_named(alice, name):
     more = {"logprobs": True} if name == "top_logprobs" else {}
-    refused = alice.post(CHAT, content=body(**more, **{name: value}))
-    assert refused.status_code in (400, 404), refused.text
-    error = refused.json()["error"]
-    assert str(error["param"]).partition("[")[0].partition(".")[0] == name, error
-    assert len(error["message"]) < 500
+    for value in (value for other, value in OUT_OF_RANGE if other == name):
+        refused = alice.post(CHAT, content=body(**more, **{name: value}))
+        assert refused.status_code in (400, 404), (value, refused.text)
+        error = refused.json()["error"]
+        assert str(error["param"]).partition("[")[0].partition(".")[0] == name, (value, error)
+        assert len(error["message"]) < 500
 
 
 @pytest.mark.security("S15")
-@pytest.mark.parametrize(("message", "param"), MESSAGES)
-def test_a_message_that_cannot_be_is_named(alice, message, param):
-    refused = chat(alice, [message])
-    assert refused.status_code == 400
-    assert refused.json()["error"]["param"] == param
+def test_a_message_that_cannot_be_is_named(alice):
+    for message, param in MESSAGES:
+        refused = chat(alice, [message])
+        assert refused.status_code == 400, message
+        assert refused.json()["error"]["param"] == param, message
 
 
 @pytest.mark.security("S15")
@@ -313,16 +314,15 @@ VLLM = [
 
 @pytest.mark.security("S15")
 @pytest.mark.parametrize(
-    ("sent", "name", "value"),
-    [*(("inputs", *case) for case in TGI), *(("prompt", *case) for case in VLLM)],
-    ids=lambda value: repr(value)[:30],
+    ("sent", "name"), [*(("inputs", name) for name in dict(TGI)), *(("prompt", name) for name in dict(VLLM))]
 )
-def test_so_it_is_in_the_dialects_of_generate(alice, sent, name, value):
-    given = {"parameters": {name: value}} if sent == "inputs" else {name: value}
-    refused = alice.post("/generate", content=json.dumps({sent: "?", **given}))
-    assert refused.status_code == 422, refused.text
-    assert re.search(rf"\b{name}\b", refused.json()["error"]), refused.text
-    assert len(refused.text) < 500
+def test_so_it_is_in_the_dialects_of_generate(alice, sent, name):
+    for value in (value for other, value in (TGI if sent == "inputs" else VLLM) if other == name):
+        given = {"parameters": {name: value}} if sent == "inputs" else {name: value}
+        refused = alice.post("/generate", content=json.dumps({sent: "?", **given}))
+        assert refused.status_code == 422, (value, refused.text)
+        assert re.search(rf"\b{name}\b", refused.json()["error"]), (value, refused.text)
+        assert len(refused.text) < 500
 
 
 @pytest.mark.security("S15")

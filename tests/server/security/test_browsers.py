@@ -191,6 +191,7 @@ def test_links_that_are_followed_ask_for_the_key_like_all_else(guarded, key):
         assert_for_no_page(answered)
 
 
+@pytest.mark.slow
 def test_no_page_stops_the_service(serve):
     """The route that does is a GET, as MindIE has it: a link or an image would be enough."""
     service = serve("--no-warm-up", "--management-port", "0").wait_until_ready()

@@ -144,7 +144,17 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("spoil", "reason"), REFUSED.items(), ids=[spoil.__name__ for spoil in REFUSED])
+QUICK = (pickles_alone, parent_in_the_index)
+"""As long as all others, but of the kinds that matter most."""
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        pytest.param(*case, id=case[0].__name__, marks=[] if case[0] in QUICK else pytest.mark.slow)
+        for case in REFUSED.items()
+    ],
+)
 def test_a_hostile_checkpoint_is_refused_in_one_line(model, spoil, reason):
     spoil(model)
     command = [sys.executable, "-m", "wemm", "serve", "--model", str(model), "--device", "cpu", "--port", "0"]
@@ -162,6 +172,7 @@ def test_the_trap_would_spring(model):
     assert (model.parent / "sprung").exists()
 
 
+@pytest.mark.slow
 def test_code_beside_good_weights_is_not_run(model, serve):
     service = serve("--no-warm-up", model=str(model)).wait_until_ready()
     assert service.stop() == 0

@@ -130,6 +130,7 @@ def burst(service, num_rounds=4):
         return [status for statuses in pool.map(one, range(num_rounds)) for status in statuses]
 
 
+@pytest.mark.slow
 def test_images_leave_nothing_and_neither_do_killed_processes(service, places):
     assert set(burst(service)) == {200, 400}
     assert_nothing_left(places)
@@ -182,6 +183,7 @@ def test_a_service_that_ends_leaves_nothing(service, places):
     assert_nothing_left(places)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of another process can be read on Linux only")
 def test_decoders_cannot_write_files(service):
     assert ask(service, "word.png").status_code == 200

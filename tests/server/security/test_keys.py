@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from tests.server.security.conftest import ADMIN, ALICE, BOB, Wire, chat, figure
-from tests.server.security.test_images import SHAPES, WORD, encode, url_of
+from tests.server.security.test_hostile_images import SHAPES, WORD, encode, url_of
 
 OPEN = {"/health", "/ready"}
 WRONG = [

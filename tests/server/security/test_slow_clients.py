@@ -31,7 +31,7 @@ from tests.server.security.conftest import (
     wait_until,
 )
 from tests.server.security.gallery import endless
-from tests.server.security.test_images import url_of
+from tests.server.security.test_hostile_images import url_of
 
 ENDLESS = {"max_tokens": 900, "ignore_eos": True, "repetition_guard": False}
 FETCH_SECONDS = BODY_SECONDS = WRITE_SECONDS = 60
