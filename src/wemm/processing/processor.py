@@ -13,6 +13,7 @@ from wemm.processing.image_processor import ImageProcessor, ProcessedImage
 from wemm.processing.media import open_image
 from wemm.processing.tokenizer import Tokenizer
 
+_LARGE_TEXT = 2**16  # characters
 IMAGE_TOKEN_ID = -200
 """Stands for every prompt position that an image fills."""
 
@@ -113,9 +114,10 @@ class Processor:
             if isinstance(segment, Control):
                 token_ids.append(self._tokenizer.control_ids[segment.name])
             elif isinstance(segment, Text):
-                # Whatever its tokens are: to find them in megabytes takes seconds.
-                least = len(token_ids) + len(segment.text) // self._tokenizer.longest_piece
-                self._check_len(least, "at least ")
+                if len(segment.text) > _LARGE_TEXT:
+                    # Whatever its tokens are: to find them in megabytes takes seconds.
+                    least = len(token_ids) + len(segment.text) // self._tokenizer.longest_piece
+                    self._check_len(least, "at least ")
                 token_ids += self._tokenizer.encode(segment.text)
             else:
                 span = ImageSpan(len(token_ids), self._open_image(segment))

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -382,6 +382,22 @@ def neighbour(guarded: Served) -> Iterator[Neighbour]:
 
 _outcomes: dict[str, dict[str, str]] = defaultdict(dict)
 """Item → test → how it ended."""
+_num_checks: dict[str, int] = {}
+"""Test → attacks in it, where it is more than one."""
+_cases = pytest.StashKey[list[Any]]()
+
+
+@pytest.fixture
+def each(request: pytest.FixtureRequest) -> Callable[[Iterable[Any]], Iterator[Any]]:
+    """The cases of a test that makes several attacks: they are counted, and shown where one fails."""
+    cases = request.node.stash.setdefault(_cases, [])
+
+    def walk(given: Iterable[Any]) -> Iterator[Any]:
+        for case in given:
+            cases.append(case)
+            yield case
+
+    return walk
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -391,6 +407,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Any:
     report = yield
+    cases = item.stash.get(_cases, [])
+    if cases:
+        _num_checks[item.nodeid] = len(cases)
+        if report.failed:
+            report.sections.append(("case", f"{cases[-1]!r:.500}"))
     for marker in item.iter_markers("security"):
         for name in marker.args:
             if report.failed:
@@ -402,8 +423,9 @@ def pytest_runtest_makereport(item: pytest.Item) -> Any:
 
 def _row(name: str) -> tuple[int, bool]:
     """How many checks there were, and whether all passed."""
-    ended = list(_outcomes[name].values())
-    return len(ended), bool(ended) and "failed" not in ended
+    ended = _outcomes[name]
+    count = sum(_num_checks.get(test, 1) for test in ended)
+    return count, bool(ended) and "failed" not in ended.values()
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

@@ -31,6 +31,7 @@ def repeated(before, item, after, size=MAX_BODY - 2000):
 # --- S14 ---------------------------------------------------------------------------------------------
 
 MESSAGE = b'{"role":"user","content":"?"}'
+TENSOR = b'{"outputs":[{"name":"a"}],"inputs":[{"name":"a","shape":[1],"datatype":"UINT32","data":['
 PART = b'{"type":"text","text":"?"}'
 NO_JSON = {
     "nothing": b"",
@@ -83,55 +84,46 @@ LARGE = {
 
 
 @pytest.mark.security("S14")
-def test_what_is_not_json_to_the_letter_is_refused(alice, neighbour):
-    for name, content in NO_JSON.items():
+def test_what_is_not_json_to_the_letter_is_refused(alice, neighbour, each):
+    for name in each(NO_JSON):
         started = time.monotonic()
-        refused = alice.post(CHAT, content=content)
-        assert time.monotonic() - started < 2, name
-        assert refused.status_code == 400, name
-        assert "JSON" in refused.json()["error"]["message"], name
-        assert len(refused.text) < 1000, name
+        refused = alice.post(CHAT, content=NO_JSON[name])
+        assert time.monotonic() - started < 2
+        assert refused.status_code == 400
+        assert "JSON" in refused.json()["error"]["message"]
+        assert len(refused.text) < 1000
 
 
 @pytest.mark.security("S14")
-@pytest.mark.parametrize("name", LARGE)
-def test_large_bodies_are_refused_and_hold_nobody_up(alice, neighbour, name):
-    refused = alice.post(CHAT, content=LARGE[name])
-    assert refused.status_code in (400, 404)
-    assert len(refused.text) < 1000
-    assert refused.json()["error"]["param"]
+def test_large_bodies_are_refused_and_hold_nobody_up(alice, neighbour, each):
+    for name in each(LARGE):
+        refused = alice.post(CHAT, content=LARGE[name])
+        assert refused.status_code in (400, 404)
+        assert len(refused.text) < 1000
+        assert refused.json()["error"]["param"]
+
+
+ON_OTHER_ROUTES = [
+    ("/v1/completions", repeated(b'{"prompt":[', b'"a"', b"]}", 7 * 10**5)),
+    ("/v1/completions", repeated(b'{"prompt":[', b"[1.5]", b"]}", 3 * 10**5)),
+    ("/detokenize", repeated(b'{"tokens":[', b"-200", b"]}", 9 * 10**5)),
+    ("/tokenize", b'{"prompt":"' + b"a" * (MAX_BODY - 1000) + b'"}'),
+    ("/v1/tokenizer", b'{"inputs":"' + b"a " * (MAX_BODY // 2 - 1000) + b'"}'),
+    ("/generate", b'{"inputs":"' + b"[" * (MAX_BODY - 1000) + b'"}'),
+    ("/generate", json.dumps({"inputs": json.dumps([{"type": "text", "text": "?"}] * 100_000)}).encode()),
+    ("/generate", repeated(b'{"inputs":[', b'{"type":"x"}', b"]}", 10**6)),
+    ("/generate", repeated(b'{"inputs":"?","parameters":{"stop":[', b"1", b"]}}", 3 * 10**5)),
+    ("/infer", repeated(b'{"input_id":[', b'"a"', b"]}", 7 * 10**5)),
+    ("/v2/models/nano/infer", repeated(TENSOR, b"-1", b"]}]}", 5 * 10**5)),
+]
 
 
 @pytest.mark.security("S14")
-@pytest.mark.parametrize(
-    ("path", "content"),
-    [
-        ("/v1/completions", repeated(b'{"prompt":[', b'"a"', b"]}", 7 * 10**5)),
-        ("/v1/completions", repeated(b'{"prompt":[', b"[1.5]", b"]}", 3 * 10**5)),
-        ("/detokenize", repeated(b'{"tokens":[', b"-200", b"]}", 9 * 10**5)),
-        ("/tokenize", b'{"prompt":"' + b"a" * (MAX_BODY - 1000) + b'"}'),
-        ("/v1/tokenizer", b'{"inputs":"' + b"a " * (MAX_BODY // 2 - 1000) + b'"}'),
-        ("/generate", b'{"inputs":"' + b"[" * (MAX_BODY - 1000) + b'"}'),
-        ("/generate", json.dumps({"inputs": json.dumps([{"type": "text", "text": "?"}] * 100_000)}).encode()),
-        ("/generate", repeated(b'{"inputs":[', b'{"type":"x"}', b"]}", 10**6)),
-        ("/generate", repeated(b'{"inputs":"?","parameters":{"stop":[', b"1", b"]}}", 3 * 10**5)),
-        ("/infer", repeated(b'{"input_id":[', b'"a"', b"]}", 7 * 10**5)),
-        (
-            "/v2/models/nano/infer",
-            repeated(
-                b'{"outputs":[{"name":"a"}],"inputs":[{"name":"a","shape":[1],"datatype":"UINT32","data":[',
-                b"-1",
-                b"]}]}",
-                5 * 10**5,
-            ),
-        ),
-    ],
-    ids=lambda value: value if isinstance(value, str) else value[:30].decode(),
-)
-def test_nor_do_they_on_other_routes(alice, neighbour, path, content):
-    refused = alice.post(path, content=content)
-    assert refused.status_code in (400, 422)
-    assert len(refused.text) < 1000
+def test_nor_do_they_on_other_routes(alice, neighbour, each):
+    for path, content in each(ON_OTHER_ROUTES):
+        refused = alice.post(path, content=content)
+        assert refused.status_code in (400, 422)
+        assert len(refused.text) < 1000
 
 
 @pytest.mark.security("S14")
@@ -155,32 +147,32 @@ def test_a_body_without_a_length_is_counted_as_it_comes(guarded):
         assert wire.receive(seconds=5).startswith(b"HTTP/1.1 413 ")
 
 
+TWO_LENGTHS = [
+    "Content-Length: -1",
+    "Content-Length: +2",
+    "Content-Length: 0x2",
+    "Content-Length: 2, 3",
+    "Content-Length: 2\r\nContent-Length: 3",
+    "Content-Length: 99999999999999999999999",
+    "Content-Length: 2\r\nTransfer-Encoding: chunked",
+    "Transfer-Encoding: gzip, chunked",
+    "Transfer-Encoding: chunked, identity",
+    "Content-Length : 2",
+    "Content-Length: 2\r\n X: y",
+    "X: a\nContent-Length: 2",
+]
+
+
 @pytest.mark.security("S14")
-@pytest.mark.parametrize(
-    "lengths",
-    [
-        "Content-Length: -1",
-        "Content-Length: +2",
-        "Content-Length: 0x2",
-        "Content-Length: 2, 3",
-        "Content-Length: 2\r\nContent-Length: 3",
-        "Content-Length: 99999999999999999999999",
-        "Content-Length: 2\r\nTransfer-Encoding: chunked",
-        "Transfer-Encoding: gzip, chunked",
-        "Transfer-Encoding: chunked, identity",
-        "Content-Length : 2",
-        "Content-Length: 2\r\n X: y",
-        "X: a\nContent-Length: 2",
-    ],
-)
-def test_no_two_readers_see_two_lengths(guarded, lengths):
+def test_no_two_readers_see_two_lengths(guarded, each):
     """What a proxy may read otherwise than the service is refused, and the connection ends."""
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nX-API-Key: {ALICE}\r\n{lengths}\r\n\r\n"
-    with Wire(guarded.url) as wire:
-        wire.send(head.encode() + b"{}GET /v1/models HTTP/1.1\r\nHost: a\r\n\r\n")
-        answers = wire.rest(5)
-    assert re.match(rb"HTTP/1.1 (400|413|501) ", answers)
-    assert answers.count(b"HTTP/1.1 ") == 1
+    for lengths in each(TWO_LENGTHS):
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nX-API-Key: {ALICE}\r\n{lengths}\r\n\r\n"
+        with Wire(guarded.url) as wire:
+            wire.send(head.encode() + b"{}GET /v1/models HTTP/1.1\r\nHost: a\r\n\r\n")
+            answers = wire.rest(5)
+        assert re.match(rb"HTTP/1.1 (400|413|501) ", answers)
+        assert answers.count(b"HTTP/1.1 ") == 1
 
 
 # --- S15 ---------------------------------------------------------------------------------------------
@@ -234,23 +226,22 @@ MESSAGES = [
 
 
 @pytest.mark.security("S15")
-@pytest.mark.parametrize("name", dict(OUT_OF_RANGE))
-def test_a_parameter_out_of_range_is_named(alice, name):
-    more = {"logprobs": True} if name == "top_logprobs" else {}
-    for value in (value for other, value in OUT_OF_RANGE if other == name):
+def test_a_parameter_out_of_range_is_named(alice, each):
+    for name, value in each(OUT_OF_RANGE):
+        more = {"logprobs": True} if name == "top_logprobs" else {}
         refused = alice.post(CHAT, content=body(**more, **{name: value}))
-        assert refused.status_code in (400, 404), (value, refused.text)
+        assert refused.status_code in (400, 404), refused.text
         error = refused.json()["error"]
-        assert str(error["param"]).partition("[")[0].partition(".")[0] == name, (value, error)
+        assert str(error["param"]).partition("[")[0].partition(".")[0] == name
         assert len(error["message"]) < 500
 
 
 @pytest.mark.security("S15")
-def test_a_message_that_cannot_be_is_named(alice):
-    for message, param in MESSAGES:
+def test_a_message_that_cannot_be_is_named(alice, each):
+    for message, param in each(MESSAGES):
         refused = chat(alice, [message])
-        assert refused.status_code == 400, message
-        assert refused.json()["error"]["param"] == param, message
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == param
 
 
 @pytest.mark.security("S15")
@@ -312,26 +303,42 @@ VLLM = [
 ]
 
 
-@pytest.mark.security("S15")
-@pytest.mark.parametrize(
-    ("sent", "name"), [*(("inputs", name) for name in dict(TGI)), *(("prompt", name) for name in dict(VLLM))]
-)
-def test_so_it_is_in_the_dialects_of_generate(alice, sent, name):
-    for value in (value for other, value in (TGI if sent == "inputs" else VLLM) if other == name):
-        given = {"parameters": {name: value}} if sent == "inputs" else {name: value}
-        refused = alice.post("/generate", content=json.dumps({sent: "?", **given}))
-        assert refused.status_code == 422, (value, refused.text)
-        assert re.search(rf"\b{name}\b", refused.json()["error"]), (value, refused.text)
-        assert len(refused.text) < 500
+NO_PROMPT = [
+    {},
+    {"inputs": None},
+    {"inputs": ""},
+    {"inputs": 1},
+    {"inputs": []},
+    {"inputs": "?", "prompt": "?"},
+    [],
+    "?",
+]
 
 
 @pytest.mark.security("S15")
-@pytest.mark.parametrize(
-    "given",
-    [{}, {"inputs": None}, {"inputs": ""}, {"inputs": 1}, {"inputs": []}, {"inputs": "?", "prompt": "?"}, [], "?"],
-)
-def test_generate_wants_one_prompt(alice, given):
-    assert alice.post("/generate", content=json.dumps(given)).status_code == 422
+def test_so_it_is_in_tgis_dialect(alice, each):
+    for name, value in each(TGI):
+        assert_named(
+            alice.post("/generate", content=json.dumps({"inputs": "?", "parameters": {name: value}})), name
+        )
+
+
+@pytest.mark.security("S15")
+def test_so_it_is_in_vllms_dialect(alice, each):
+    for name, value in each(VLLM):
+        assert_named(alice.post("/generate", content=json.dumps({"prompt": "?", name: value})), name)
+
+
+def assert_named(refused, name):
+    assert refused.status_code == 422, refused.text
+    assert re.search(rf"\b{name}\b", refused.json()["error"]), refused.text
+    assert len(refused.text) < 500
+
+
+@pytest.mark.security("S15")
+def test_generate_wants_one_prompt(alice, each):
+    for given in each(NO_PROMPT):
+        assert alice.post("/generate", content=json.dumps(given)).status_code == 422
 
 
 # --- S16 ---------------------------------------------------------------------------------------------
@@ -364,15 +371,15 @@ def tokenizer():
 
 
 @pytest.mark.security("S16")
-@pytest.mark.parametrize("text", SPELLED)
-def test_control_tokens_are_words_where_users_spell_them(alice, tokenizer, text):
-    tokens = alice.post("/tokenize", json={"prompt": text}).json()["tokens"]
-    assert tokens[0] == tokenizer.bos_id
-    assert not tokenizer.special_ids & set(tokens[1:])
-    assert tokens[1:] == tokenizer.encode(text)
-    # Nano's vocabulary begins every stretch with a space, also after a spelling that was cut in two.
-    spelled = alice.post("/detokenize", json={"tokens": tokens[1:]}).json()["prompt"]
-    assert spelled.replace(" ", "") == text.replace(" ", "")
+def test_control_tokens_are_words_where_users_spell_them(alice, tokenizer, each):
+    for text in each(SPELLED):
+        tokens = alice.post("/tokenize", json={"prompt": text}).json()["tokens"]
+        assert tokens[0] == tokenizer.bos_id
+        assert not tokenizer.special_ids & set(tokens[1:])
+        assert tokens[1:] == tokenizer.encode(text)
+        # Nano's vocabulary begins every stretch with a space, also after a spelling that was cut in two.
+        spelled = alice.post("/detokenize", json={"tokens": tokens[1:]}).json()["prompt"]
+        assert spelled.replace(" ", "") == text.replace(" ", "")
 
 
 @pytest.mark.security("S16")
@@ -420,10 +427,11 @@ def test_an_answer_is_never_read_back_as_control(alice, tokenizer):
 
 
 @pytest.mark.security("S16")
-@pytest.mark.parametrize("text", ["😀" * 10**6, "\u202e" * 10**6, "字" * 10**6, "[UNUSED_TOKEN_145]" * 10**5])
-def test_a_prompt_that_is_too_long_says_by_how_much(alice, neighbour, text):
-    refused = chat(alice, [{"role": "user", "content": text}])
-    assert refused.status_code == 400
-    error = refused.json()["error"]
-    assert error["code"] == "context_length_exceeded"
-    assert re.search(r"has at least \d{5,7} tokens, but max_model_len 1024 leaves room for 1023", error["message"])
+def test_a_prompt_that_is_too_long_says_by_how_much(alice, neighbour, each):
+    for text in each(["😀" * 10**6, "\u202e" * 10**6, "字" * 10**6, "[UNUSED_TOKEN_145]" * 10**5]):
+        refused = chat(alice, [{"role": "user", "content": text}])
+        assert refused.status_code == 400
+        error = refused.json()["error"]
+        assert error["code"] == "context_length_exceeded"
+        counted = r"has at least \d{5,7} tokens, but max_model_len 1024 leaves room for 1023"
+        assert re.search(counted, error["message"])
