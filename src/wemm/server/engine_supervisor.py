@@ -9,7 +9,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 
 from PIL import Image
 
@@ -128,9 +129,15 @@ async def _in_daemon_thread(call: Callable[[], AsyncLLM]) -> AsyncLLM:
 
     def run() -> None:
         try:
-            future.set_result(call())
+            llm = call()
         except BaseException as error:  # noqa: BLE001 - told to whoever waits
-            future.set_exception(error)
+            with suppress(InvalidStateError):
+                future.set_exception(error)
+            return
+        try:
+            future.set_result(llm)
+        except InvalidStateError:  # nobody waits any more
+            asyncio.run(llm.close())
 
     threading.Thread(target=run, name="wemm-start", daemon=True).start()
     return await asyncio.wrap_future(future)

@@ -144,17 +144,13 @@ REFUSED = {
 }
 
 
-QUICK = (pickles_alone, parent_in_the_index)
-"""As long as all others, but of the kinds that matter most."""
+def case(spoil):
+    """Each takes some seconds; one of them is for every day."""
+    marks = [] if spoil is pickles_alone else [pytest.mark.slow]
+    return pytest.param(spoil, REFUSED[spoil], id=spoil.__name__, marks=marks)
 
 
-@pytest.mark.parametrize(
-    ("spoil", "reason"),
-    [
-        pytest.param(*case, id=case[0].__name__, marks=[] if case[0] in QUICK else pytest.mark.slow)
-        for case in REFUSED.items()
-    ],
-)
+@pytest.mark.parametrize(("spoil", "reason"), [case(spoil) for spoil in REFUSED])
 def test_a_hostile_checkpoint_is_refused_in_one_line(model, spoil, reason):
     spoil(model)
     command = [sys.executable, "-m", "wemm", "serve", "--model", str(model), "--device", "cpu", "--port", "0"]

@@ -130,6 +130,15 @@ def burst(service, num_rounds=4):
         return [status for statuses in pool.map(one, range(num_rounds)) for status in statuses]
 
 
+def test_images_leave_nothing(guarded, bob, scratch):
+    """Nor has anything that attacked this service before."""
+    for name in QUESTIONS:
+        assert chat(bob, conversation(name)).status_code == 200
+        assert chat(bob, about(data_url(name)[:-400])).status_code == 400
+    assert_nothing_left({"temporary": scratch})
+    assert_nothing_open(guarded, {"temporary": scratch})
+
+
 @pytest.mark.slow
 def test_images_leave_nothing_and_neither_do_killed_processes(service, places):
     assert set(burst(service)) == {200, 400}
@@ -177,6 +186,7 @@ def test_images_leave_nothing_and_neither_do_killed_processes(service, places):
     assert_nothing_left(places)
 
 
+@pytest.mark.slow
 def test_a_service_that_ends_leaves_nothing(service, places):
     assert set(burst(service, 2)) == {200, 400}
     assert service.stop() == 0

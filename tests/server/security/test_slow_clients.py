@@ -99,35 +99,34 @@ def test_half_requests_take_no_place_from_whole_ones(guarded, many_files, neighb
             assert answer_about(newcomer, data_url("word.png")) == "WEMM"
 
 
+NO_REQUESTS = [
+    b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 1000 + b"\r\n",
+    b"GET / HTTP/1.1\r\nX: " + b"y" * 2**20,
+    b"GET /" + b"y" * 2**20,
+    b"y" * 2**20,
+    b"\r\n" * 2**19,
+    b"\0" * 2**20,
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(1000),
+    b"GET / HTTP/2.0\r\nHost: localhost\r\n\r\n",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    b"GET http://127.0.0.1:1/ HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"CONNECT 127.0.0.1:1 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"TRACE / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: upgrade\r\n"
+    b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n",
+]
+
+
 @pytest.mark.security("S18")
-@pytest.mark.parametrize(
-    "sent",
-    [
-        b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 1000 + b"\r\n",
-        b"GET / HTTP/1.1\r\nX: " + b"y" * 2**20,
-        b"GET /" + b"y" * 2**20,
-        b"y" * 2**20,
-        b"\r\n" * 2**19,
-        b"\0" * 2**20,
-        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(1000),
-        b"GET / HTTP/2.0\r\nHost: localhost\r\n\r\n",
-        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-        b"GET http://127.0.0.1:1/ HTTP/1.1\r\nHost: localhost\r\n\r\n",
-        b"CONNECT 127.0.0.1:1 HTTP/1.1\r\nHost: localhost\r\n\r\n",
-        b"TRACE / HTTP/1.1\r\nHost: localhost\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: upgrade\r\n"
-        b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n",
-    ],
-    ids=lambda sent: repr(sent[:24]),
-)
-def test_what_is_no_request_is_answered_with_an_error_or_nothing(guarded, neighbour, sent):
-    with Wire(guarded.url) as wire:
-        try:
-            wire.send(sent)
-            answer = wire.receive(seconds=HEADER_SECONDS + 2)
-        except (ConnectionError, TimeoutError):
-            answer = b""
-    assert answer == b"" or answer.split(b" ")[1][:1] == b"4" or answer.startswith(b"HTTP/1.1 505 "), answer
+def test_what_is_no_request_is_answered_with_an_error_or_nothing(guarded, neighbour, each):
+    for sent in each(NO_REQUESTS):
+        with Wire(guarded.url) as wire:
+            try:
+                wire.send(sent)
+                answer = wire.receive(seconds=HEADER_SECONDS + 2)
+            except (ConnectionError, TimeoutError):
+                answer = b""
+        assert answer == b"" or answer.split(b" ")[1] == b"505" or answer.split(b" ")[1][:1] == b"4"
 
 
 @pytest.mark.security("S18")
