@@ -27,6 +27,9 @@ from wemm.processing.tokenizer import Tokenizer
 from wemm.progress import ProgressBar, silent
 from wemm.request import RequestOutput, SamplingParams
 
+_MAX_WAITING = 256
+"""Threads, started when there is nothing else left to do for one."""
+
 
 class _Mailbox:
     """What is new of one request, from the thread that hears the engine to the caller's event loop.
@@ -107,7 +110,9 @@ class AsyncLLM:
             self.config, source, self.tokenizer, self.max_model_len, read_image
         )
         grammars = GrammarCompiler(self.tokenizer, source.config.text.vocab_size)
-        self._intake = Intake(self.default_sampling_params, grammars, self.config.seed)
+        # Whoever reads images elsewhere waits for them here, and must not keep others waiting.
+        num_workers = {} if read_image is None else {"num_workers": _MAX_WAITING}
+        self._intake = Intake(self.default_sampling_params, grammars, self.config.seed, **num_workers)
         self._stats = started.stats
         self._mailboxes: dict[str, _Mailbox] = {}
         self._checks: list[Future[None]] = []

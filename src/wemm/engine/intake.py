@@ -26,12 +26,17 @@ Process = Callable[[Any], ProcessedPrompt]
 class Intake:
     """Numbers requests in the order they are handed in, and prepares several at once."""
 
-    def __init__(self, default_sampling_params: SamplingParams, grammars: GrammarCompiler, seed: int) -> None:
+    def __init__(
+        self,
+        default_sampling_params: SamplingParams,
+        grammars: GrammarCompiler,
+        seed: int,
+        num_workers: int = min(_MAX_WORKERS, os.cpu_count() or 1),
+    ) -> None:
         self._default_sampling_params = default_sampling_params
         self._grammars = grammars
         self._seed = seed
         self._num_requests = 0
-        num_workers = min(_MAX_WORKERS, os.cpu_count() or 1)
         self.lookahead = 2 * num_workers
         """How many requests are worth preparing ahead of the engine."""
         self._pool = ThreadPoolExecutor(num_workers, "wemm-intake")

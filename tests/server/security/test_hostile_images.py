@@ -37,6 +37,7 @@ from tests.server.security.conftest import (
     chat,
     figure,
     refusal_of,
+    wait_until,
 )
 
 WORD = Image.open(IMAGES / "word.png").convert("RGB")
@@ -233,16 +234,23 @@ def test_a_decoder_that_is_kept_busy_is_ended_and_replaced(alice):
 
 @pytest.mark.security("S10")
 @pytest.mark.slow
-def test_as_many_busy_decoders_as_there_are(alice):
-    """The queue behind them moves on, one time limit after the other."""
-    bomb = with_scans((3000, 3000), 12_000)
-    with ThreadPoolExecutor(6) as pool:
-        bombs = [pool.submit(refusal_of, alice, url_of(bomb)) for _ in range(4)]
-        time.sleep(0.5)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+def test_who_sends_no_image_does_not_wait_for_decoders_that_are_kept_busy(alice, neighbour, path):
+    """Who sends one waits for a decoder: one time limit after the other."""
+    bomb = {"messages": about(url_of(with_scans((3000, 3000), 12_000)))}
+    with ThreadPoolExecutor(8) as pool:
+        bombs = [pool.submit(alice.post, path, json=bomb, timeout=120) for _ in range(8)]
+        wait_until(lambda: any(bomb.done() for bomb in bombs))
         started = time.monotonic()
+        # Not large enough for a thread of its own, and large enough.
+        for size in (1, 400_000):
+            assert chat(alice, [{"role": "user", "content": "?"}], unknown="a" * size).status_code == 200
+        assert time.monotonic() - started < DECODE_SECONDS
         assert answer_about(alice, data_url("word.png")) == "WEMM"
-        assert time.monotonic() - started < 2 * DECODE_SECONDS + 4
-        assert {bomb.result() for bomb in bombs} == {f"the image took longer than {DECODE_SECONDS} s to decode"}
+        assert time.monotonic() - started < 4 * DECODE_SECONDS + 4
+        refused = [bomb.result() for bomb in bombs]
+    assert {answer.status_code for answer in refused} == {400}
+    assert all(f"longer than {DECODE_SECONDS} s to decode" in answer.text for answer in refused)
 
 
 # --- S11 ---------------------------------------------------------------------------------------------
