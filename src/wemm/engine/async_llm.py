@@ -25,7 +25,7 @@ from wemm.processing.chat_template import Message
 from wemm.processing.processor import Processor, ReadImage
 from wemm.processing.tokenizer import Tokenizer
 from wemm.progress import ProgressBar, silent
-from wemm.request import RequestOutput, SamplingParams
+from wemm.request import CompletionOutput, RequestOutput, SamplingParams
 
 _MAX_WAITING = 256
 """Threads, started when there is nothing else left to do for one."""
@@ -45,7 +45,7 @@ class _Mailbox:
 
     def put(self, delta: RequestOutput) -> None:
         """On the event loop."""
-        self._delta = delta if self._delta is None else _joined(self._delta, delta)
+        self._delta = delta if self._delta is None else joined([self._delta, delta])
         self._news.set()
 
     def fail(self, error: WemmError) -> None:
@@ -111,8 +111,8 @@ class AsyncLLM:
         )
         grammars = GrammarCompiler(self.tokenizer, source.config.text.vocab_size)
         # Whoever reads images elsewhere waits for them here, and must not keep others waiting.
-        num_workers = {} if read_image is None else {"num_workers": _MAX_WAITING}
-        self._intake = Intake(self.default_sampling_params, grammars, self.config.seed, **num_workers)
+        num_workers = None if read_image is None else _MAX_WAITING
+        self._intake = Intake(self.default_sampling_params, grammars, self.config.seed, num_workers)
         self._stats = started.stats
         self._mailboxes: dict[str, _Mailbox] = {}
         self._checks: list[Future[None]] = []
@@ -251,12 +251,19 @@ class AsyncLLM:
         self._ended.set_result(self._end)
 
 
-def _joined(first: RequestOutput, then: RequestOutput) -> RequestOutput:
-    """Two deltas as one."""
-    answers = []
-    for before, now in zip(first.outputs, then.outputs, strict=True):
-        logprobs = None if now.logprobs is None else (before.logprobs or ()) + now.logprobs
-        text, token_ids = before.text + now.text, before.token_ids + now.token_ids
-        answers.append(replace(now, text=text, token_ids=token_ids, logprobs=logprobs))
-    prompt_token_ids = first.prompt_token_ids or then.prompt_token_ids
-    return replace(then, prompt_token_ids=prompt_token_ids, outputs=tuple(answers))
+def joined(deltas: Sequence[RequestOutput]) -> RequestOutput:
+    """Deltas of one request, in order, as one."""
+    answers = tuple(map(_joined_answer, zip(*(delta.outputs for delta in deltas), strict=True)))
+    return replace(deltas[-1], prompt_token_ids=deltas[0].prompt_token_ids, outputs=answers)
+
+
+def _joined_answer(deltas: tuple[CompletionOutput, ...]) -> CompletionOutput:
+    logprobs = None
+    if deltas[0].logprobs is not None:
+        logprobs = tuple(entry for delta in deltas for entry in delta.logprobs or ())
+    return replace(
+        deltas[-1],
+        text="".join(delta.text for delta in deltas),
+        token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
+        logprobs=logprobs,
+    )

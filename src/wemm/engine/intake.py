@@ -31,8 +31,10 @@ class Intake:
         default_sampling_params: SamplingParams,
         grammars: GrammarCompiler,
         seed: int,
-        num_workers: int = min(_MAX_WORKERS, os.cpu_count() or 1),
+        num_workers: int | None = None,
     ) -> None:
+        """`num_workers`: by default a few, as many as there are cores."""
+        num_workers = num_workers or min(_MAX_WORKERS, os.cpu_count() or 1)
         self._default_sampling_params = default_sampling_params
         self._grammars = grammars
         self._seed = seed

@@ -33,7 +33,7 @@ class EngineSupervisor:
         self._max_restarts = max_restarts
         self._warm_up = warm_up
         self._llm: AsyncLLM | None = None
-        self._ready = asyncio.Event()
+        self._ready = False
         self._deaths: deque[float] = deque()
         self._why_not = "the model is being loaded"
         self.num_restarts = 0
@@ -43,7 +43,7 @@ class EngineSupervisor:
     @property
     def is_ready(self) -> bool:
         """Whether requests are answered now."""
-        return self._ready.is_set()
+        return self._ready
 
     @property
     def why_not_ready(self) -> str:
@@ -75,7 +75,7 @@ class EngineSupervisor:
             try:
                 await self._until_it_ends(self._llm)
             finally:
-                self._ready.clear()
+                self._ready = False
                 llm, self._llm = self._llm, None
                 await asyncio.shield(llm.close())
             await self._restart()
@@ -108,7 +108,7 @@ class EngineSupervisor:
                     logger.error(self._why_not)
                     return
             if not ended.done():
-                self._ready.set()
+                self._ready = True
                 logger.info("ready")
             error = await ended
             logger.error("the engine has ended: %s", error)

@@ -12,14 +12,13 @@ from fastapi.routing import APIRoute
 from starlette.responses import Response
 
 from wemm.errors import ParameterError
-from wemm.server.body import parse_json
 
 _MAX_SHOWN = 100
 _LARGE = 2**18  # bytes, worth a thread
 
 
 class StrictRoute(APIRoute):
-    """A route that reads JSON by `parse_json`, whatever type the body claims to be (curl -d says it is a form)."""
+    """A route that reads JSON as body.py parses it, whatever type a body claims to be (curl -d says: a form)."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """As FastAPI asks for it."""
@@ -28,11 +27,8 @@ class StrictRoute(APIRoute):
         async def handle_strictly(request: Request) -> Response:
             if request.method == "POST":
                 # Here and not where FastAPI asks: it would hide what is wrong with a body.
-                given = (
-                    parse_json(body)
-                    if len(body := await request.body()) < _LARGE
-                    else await asyncio.to_thread(parse_json, body)
-                )
+                body, parse = await request.body(), request.scope["state"]["parse_json"]
+                given = parse(body) if len(body) < _LARGE else await asyncio.to_thread(parse, body)
                 request = Request({**request.scope, "headers": _as_json(request)}, request.receive)
                 request._json = given
                 request._body = b"parsed"  # to keep megabytes of base64 once, not twice

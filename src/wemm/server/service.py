@@ -8,15 +8,15 @@ import math
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from wemm.engine.async_llm import AsyncLLM
+from wemm.engine.async_llm import AsyncLLM, joined
 from wemm.engine.intake import Process, process_text_or_ids
 from wemm.engine.sequence import Request
 from wemm.errors import ClientError, WemmError
 from wemm.processing.processor import ProcessedPrompt, Processor
-from wemm.request import CompletionOutput, RequestOutput, SamplingParams
+from wemm.request import RequestOutput, SamplingParams
 from wemm.server.admission import Admission
 from wemm.server.config import ServerConfig
 from wemm.server.context import RequestContext
@@ -83,12 +83,8 @@ class Generation:
 
     async def complete(self) -> RequestOutput:
         """The whole answer."""
-        texts: list[CompletionOutput] | None = None
         async with aclosing(self.deltas()) as deltas:
-            async for output in deltas:
-                texts = list(output.outputs) if texts is None else list(map(_joined, texts, output.outputs))
-        assert texts is not None
-        return replace(output, outputs=tuple(texts))
+            return joined([output async for output in deltas])
 
 
 async def complete_all(generations: Sequence[Generation]) -> list[RequestOutput]:
@@ -125,11 +121,6 @@ async def _end(tasks: Iterable[asyncio.Future[Any]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _joined(before: CompletionOutput, now: CompletionOutput) -> CompletionOutput:
-    logprobs = None if now.logprobs is None else (before.logprobs or ()) + now.logprobs
-    return replace(now, text=before.text + now.text, token_ids=before.token_ids + now.token_ids, logprobs=logprobs)
 
 
 class Service:

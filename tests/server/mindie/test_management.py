@@ -49,7 +49,7 @@ def test_a_service_without_an_engine(planes, monkeypatch, has_given_up, live, re
     supervisor = planes.service.supervisor
     monkeypatch.setattr(supervisor, "_why_not", "it died")
     monkeypatch.setattr(supervisor, "has_given_up", has_given_up)
-    supervisor._ready.clear()
+    supervisor._ready = False
     try:
         assert _codes(planes) == [live, live, ready, ready]
         assert planes.manage("/v2/health/live").json() == {"message": "Service is not ready: it died"}
@@ -62,7 +62,7 @@ def test_a_service_without_an_engine(planes, monkeypatch, has_given_up, live, re
             assert (response.status_code, response.json()["error_type"]) == (503, "Service Unavailable")
         assert planes.manage("/metrics-json").status_code == 200
     finally:
-        supervisor._ready.set()
+        supervisor._ready = True
 
 
 def test_a_probe_is_an_inference(planes):

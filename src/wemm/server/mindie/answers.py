@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
 
+from wemm.engine.async_llm import joined
 from wemm.processing.tokenizer import Tokenizer
 from wemm.request import CompletionOutput, RequestOutput
 from wemm.server.mindie import protocol
@@ -21,21 +22,7 @@ Outputs = AsyncGenerator[RequestOutput, None]
 
 async def whole(outputs: Outputs) -> RequestOutput:
     """All deltas as one."""
-    deltas = [output async for output in outputs]
-    answers = tuple(map(_joined, zip(*(delta.outputs for delta in deltas), strict=True)))
-    return replace(deltas[-1], outputs=answers)
-
-
-def _joined(deltas: tuple[CompletionOutput, ...]) -> CompletionOutput:
-    logprobs = None
-    if deltas[0].logprobs is not None:
-        logprobs = tuple(entry for delta in deltas for entry in delta.logprobs or ())
-    return replace(
-        deltas[-1],
-        text="".join(delta.text for delta in deltas),
-        token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
-        logprobs=logprobs,
-    )
+    return joined([output async for output in outputs])
 
 
 def finish_reason(answer: CompletionOutput) -> protocol.FinishReason:
