@@ -12,7 +12,8 @@ WemmError
 │   ├── ParameterError              an option or sampling parameter out of range
 │   ├── DeviceError                 unknown or absent device
 │   ├── InsufficientMemoryError     the plan does not fit; the message is the plan
-│   └── StorageError                the disk refused: full, not writable, already there
+│   ├── StorageError                the disk refused: full, not writable, already there
+│   └── EndpointError               a service that is asked over HTTP is gone, or refuses
 └── EngineError                     ours, or the weights'
     ├── StepError                   a step raised; its requests failed, the engine goes on
     ├── StructuredOutputError       a grammar failed in the middle of an answer
@@ -80,6 +81,10 @@ class InsufficientMemoryError(ClientError):
 
 class StorageError(ClientError):
     """The disk refused: full, not writable, or the target exists."""
+
+
+class EndpointError(ClientError):
+    """A service that is asked over HTTP cannot be reached, or refuses."""
 
 
 class EngineError(WemmError):

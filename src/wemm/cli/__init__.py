@@ -16,7 +16,8 @@ import typer
 from typer.main import get_command
 
 from wemm import __version__
-from wemm.cli import bench, chat, convert, generate, info, serve
+from wemm.cli import batch, bench, chat, convert, generate, info, serve
+from wemm.cli import eval as evaluation
 from wemm.errors import ClientError, WemmError
 
 app = typer.Typer(
@@ -28,9 +29,11 @@ app = typer.Typer(
 )
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("batch")(batch.batch)
 app.command("serve")(serve.serve)
 app.command("info")(info.info)
 app.command("convert")(convert.convert)
+app.add_typer(evaluation.app, name="eval")
 app.add_typer(bench.app, name="bench")
 
 

@@ -51,12 +51,17 @@ class SamplingOverrides:
 
 def engine_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command every field of EngineConfig as an option; it takes them as `engine`."""
-    return _add_options(command, "engine", _engine_parameters(), lambda given: EngineConfig(**given))
+    return add_options(command, "engine", engine_parameters(), lambda given: EngineConfig(**given))
 
 
 def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the sampling options; it takes them as `sampling`."""
-    return _add_options(command, "sampling", _sampling_parameters(), SamplingOverrides)
+    return add_options(command, "sampling", _sampling_parameters(), SamplingOverrides)
+
+
+def config_options(config: type[Any], target: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command every field of a documented dataclass as an option; it takes the dataclass as `target`."""
+    return lambda command: add_options(command, target, config_parameters(config), lambda given: config(**given))
 
 
 class ServeOptions:
@@ -90,21 +95,19 @@ def serve_options(config: type[Any]) -> Callable[[Callable[..., None]], Callable
     """Give a command every field of EngineConfig and of the server's config; it takes them as `options`."""
 
     def add(command: Callable[..., None]) -> Callable[..., None]:
-        engine = [
-            parameter if parameter.name != "model" else _parameter("model", str | None, _MODEL_HELP, None)
-            for parameter in _engine_parameters()
-        ]
-        return _add_options(command, "options", [*_config_parameters(config), *engine], ServeOptions)
+        parameters = [*config_parameters(config), *engine_parameters(model_is_optional=True)]
+        return add_options(command, "options", parameters, ServeOptions)
 
     return add
 
 
-def _add_options(
+def add_options(
     command: Callable[..., None],
     target: str,
     parameters: list[inspect.Parameter],
     collect: Callable[[dict[str, Any]], Any],
 ) -> Callable[..., None]:
+    """Give a command parameters; it takes what `collect` makes of their values as `target`."""
     names = [parameter.name for parameter in parameters]
 
     @functools.wraps(command)
@@ -126,11 +129,15 @@ def _add_options(
     return wrapped
 
 
-def _engine_parameters() -> list[inspect.Parameter]:
-    return _config_parameters(EngineConfig)
+def engine_parameters(model_is_optional: bool = False) -> list[inspect.Parameter]:
+    """Every field of EngineConfig."""
+    model = _parameter("model", str | None, _MODEL_HELP, None)
+    parameters = config_parameters(EngineConfig)
+    return [model if model_is_optional and p.name == "model" else p for p in parameters]
 
 
-def _config_parameters(config: type[Any]) -> list[inspect.Parameter]:
+def config_parameters(config: type[Any]) -> list[inspect.Parameter]:
+    """Every field of a documented dataclass (`wemm.config.option`)."""
     hints = get_type_hints(config)
     parameters = []
     for field in fields(config):

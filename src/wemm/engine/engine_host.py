@@ -24,7 +24,7 @@ from wemm.engine.engine_process import Advanced, Began, Checked, Ended, Logged, 
 from wemm.engine.sequence import Request
 from wemm.engine.structured import GrammarCompiler
 from wemm.errors import EngineError, WemmError
-from wemm.progress import Advance
+from wemm.progress import Advance, Description
 from wemm.request import RequestOutput
 
 logger = logging.getLogger("wemm.engine.engine_host")  # not __main__
@@ -142,8 +142,9 @@ def _main() -> None:
     logging.basicConfig(level=logging.INFO, handlers=[_ToTheDoor(pipe)])
 
     @contextlib.contextmanager
-    def reported(description: str, total: int | None, unit: str) -> Iterator[Advance]:
-        pipe.send(Began((description, total, unit)))
+    def reported(description: Description, total: int | None, unit: str) -> Iterator[Advance]:
+        said = description if isinstance(description, str) else description()
+        pipe.send(Began((said, total, unit)))
         yield lambda amount: pipe.send(Advanced(amount))
 
     try:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,7 +18,7 @@ from wemm.engine.engine import EngineStats
 from wemm.engine.intake import Intake, Process, process_text_or_ids
 from wemm.engine.sequence import Request
 from wemm.engine.structured import GrammarCompiler
-from wemm.errors import EngineError, ParameterError, PromptError
+from wemm.errors import EngineError, ParameterError, PromptError, WemmError
 from wemm.processing.chat_template import Message
 from wemm.processing.processor import ProcessedPrompt
 from wemm.progress import Advance, ProgressBar, silent
@@ -87,6 +88,25 @@ class LLM:
         return self._run(
             [prompts] if is_single else prompts, process, sampling_params, progress, priority, timeout
         )
+
+    def chat_as_completed(
+        self,
+        conversations: Iterable[Sequence[Message]],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> Generator[tuple[int, RequestOutput], None, None]:
+        """Answer any number of conversations, taken as they are needed; yields (place, output) as each is done.
+
+        A request that fails harms no other: its output's `error` says why, whether the prompt was refused
+        or the engine gave it up. Raises RankError, and what `sampling_params` out of range raise.
+        """
+        is_one = sampling_params is None or isinstance(sampling_params, SamplingParams)
+        params: Any = repeat(sampling_params) if is_one else sampling_params
+        # Not strict: to end with the shorter is what `repeat` is for.
+        prompts = zip(conversations, params, strict=False)
+        return self._as_completed(prompts, self._open.processor.chat, priority, timeout)
 
     def stream_chat(
         self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
@@ -168,34 +188,55 @@ class LLM:
         if not isinstance(prompts, Sequence) or isinstance(prompts, (str, bytes)):
             raise PromptError(f"give one prompt or a list of them. Given: {type(prompts).__name__}")
         params = _per_prompt(sampling_params, len(prompts))
+        outputs: dict[int, RequestOutput] = {}
+        completed = self._as_completed(zip(prompts, params, strict=True), process, priority, timeout)
+        with progress("answering", len(prompts), "answers") as advance, contextlib.closing(completed):
+            for place, output in completed:
+                outputs[place] = _checked(output)
+                advance(1)
+        return [outputs[place] for place in range(len(prompts))]
+
+    def _as_completed(
+        self,
+        prompts: Iterable[tuple[Any, SamplingParams | None]],
+        process: Process,
+        priority: int,
+        timeout: float | None,
+    ) -> Generator[tuple[int, RequestOutput], None, None]:
+        """(place, final output) of every prompt, as each is done."""
         # Prompts are prepared a little ahead of the engine, never all: a long list of images must not be
         # held as pixels at once.
-        waiting = iter(zip(prompts, params, strict=True))
-        preparing: deque[Future[Request]] = deque()
-        running: dict[str, deque[RequestOutput]] = {}
-        order: list[str] = []
-        finished: dict[str, RequestOutput] = {}
-        with progress("answering", len(prompts), "answers") as advance:
-            try:
-                while len(finished) < len(prompts):
-                    for prompt, prompt_params in islice(waiting, self._intake.lookahead - len(preparing)):
-                        preparing.append(self._intake.submit(prompt, process, prompt_params, priority, timeout))
-                    while preparing and len(running) < self.config.max_num_seqs:
-                        if running and not preparing[0].done():
-                            break
-                        request = preparing.popleft().result()
-                        order.append(request.request_id)
-                        running[request.request_id] = self._submit(request)
-                    self._step()
-                    for request_id in [i for i, mailbox in running.items() if mailbox and mailbox[-1].finished]:
-                        finished[request_id] = _checked(running.pop(request_id)[-1])
-                        advance(1)
-            finally:
-                for future in preparing:
-                    future.cancel()
-                for request_id in order:
+        waiting = enumerate(prompts)
+        preparing: deque[tuple[int, Future[Request]]] = deque()
+        running: dict[str, tuple[int, deque[RequestOutput]]] = {}
+        try:
+            while True:
+                for place, (prompt, params) in islice(waiting, self._intake.lookahead - len(preparing)):
+                    future = self._intake.submit(prompt, process, params, priority, timeout)
+                    preparing.append((place, future))
+                if not preparing and not running:
+                    return
+                while preparing and len(running) < self.config.max_num_seqs:
+                    place, future = preparing[0]
+                    if running and not future.done():
+                        break
+                    preparing.popleft()
+                    try:
+                        request = future.result()
+                    except WemmError as error:
+                        yield place, _refused(error)
+                    else:
+                        running[request.request_id] = place, self._submit(request)
+                self._step()
+                for request_id in [i for i, (_, mailbox) in running.items() if mailbox and mailbox[-1].finished]:
+                    place, mailbox = running.pop(request_id)
                     self._forget(request_id)
-        return [finished[request_id] for request_id in order]
+                    yield place, mailbox[-1]
+        finally:
+            for _, future in preparing:
+                future.cancel()
+            for request_id in running:
+                self._forget(request_id)
 
     def _submit(self, request: Request) -> deque[RequestOutput]:
         """Hand a request to the engine; its states arrive in the returned mailbox."""
@@ -219,6 +260,10 @@ def _counted(complete: Complete, advance: Advance) -> Complete:
         return complete(prompts, params)
 
     return counted
+
+
+def _refused(error: WemmError) -> RequestOutput:
+    return RequestOutput("", (), (), finished=True, error=error)
 
 
 def _checked(output: RequestOutput) -> RequestOutput:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from wemm.errors import MediaError
 
@@ -93,6 +93,13 @@ def _convert(image: Image.Image, reference_image_mode: bool, max_image_pixels: i
         return image.convert("RGB") if reference_image_mode else _to_rgb(_upright(image))
 
 
+def image_file(path: Path) -> tuple[bytes, str]:
+    """A file as it is, to be sent on, and its format ("PNG"); nothing is decoded. Raises MediaError."""
+    data, name = _read_file(path)
+    with _QUIET, _opened(data, name, MAX_IMAGE_PIXELS) as image:
+        return data, str(image.format)
+
+
 @contextmanager
 def _decoding(problem: str) -> Iterator[None]:
     try:
@@ -160,6 +167,14 @@ def _checked(data: bytes, name: str) -> bytes:
 
 
 def _decode(data: bytes, name: str, max_image_pixels: int) -> Image.Image:
+    image = _opened(data, name, max_image_pixels)
+    with _decoding(f"{name}: {image.format} image is damaged or truncated"):
+        image.load()
+    return image
+
+
+def _opened(data: bytes, name: str, max_image_pixels: int) -> ImageFile.ImageFile:
+    """The header, read and checked."""
     with _decoding(f"{name} has a damaged image header"):
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -169,8 +184,6 @@ def _decode(data: bytes, name: str, max_image_pixels: int) -> Image.Image:
         except UnidentifiedImageError:
             raise MediaError(f"{name} is not an image in one of the formats {', '.join(FORMATS)}") from None
     _check_size(name, image, max_image_pixels)
-    with _decoding(f"{name}: {image.format} image is damaged or truncated"):
-        image.load()
     return image
 
 

@@ -1,0 +1,1 @@
+"""Many questions asked offline: resumable, one picture after another, errors per item."""
