@@ -325,6 +325,45 @@ def test_max_model_len_ends_an_answer(ask):
         llm._open.engine.check_integrity()
 
 
+def test_as_completed_is_the_same_as_all_at_once(llm, conversations):
+    completed = dict(llm.chat_as_completed(iter(conversations), GREEDY))
+    assert [completed[place].outputs for place in range(5)] == [o.outputs for o in llm.chat(conversations, GREEDY)]
+
+
+def test_a_failure_among_many_is_told_beside_the_other_answers(llm, ask, tmp_path):
+    """A prompt that is refused, and parameters that are, each in its place; the others answer as alone."""
+    asked = [ask("one"), ask("x", tmp_path / "absent.png"), ask("two"), ask("three")]
+    params = [GREEDY, GREEDY, SamplingParams(stop_token_ids=[10**6]), GREEDY]
+    completed = dict(llm.chat_as_completed(asked, params))
+    assert isinstance(completed[1].error, MediaError)
+    assert isinstance(completed[2].error, ParameterError)
+    assert completed[1].finished
+    assert _ids([completed[0], completed[3]]) == _ids(llm.chat([asked[0], asked[3]], GREEDY))
+
+
+def test_however_many_fail_the_rest_is_answered(llm, ask):
+    bad, good = SamplingParams(stop_token_ids=[10**6]), SamplingParams(max_tokens=1)
+    params = [bad] * 40 + [good]
+    completed = dict(llm.chat_as_completed([ask("hello")] * 41, params))
+    assert sum(output.error is not None for output in completed.values()) == 40
+    assert completed[40].error is None
+
+
+def test_conversations_without_end_are_taken_as_they_are_needed(llm, ask):
+    taken = []
+
+    def endless():
+        while True:
+            taken.append(1)
+            yield ask("again")
+
+    completed = llm.chat_as_completed(endless(), SamplingParams(max_tokens=1))
+    for _ in range(3):
+        next(completed)
+    completed.close()
+    assert len(taken) <= llm.config.max_num_seqs + 2 * llm._intake.lookahead
+
+
 def test_a_bad_prompt_in_a_batch_is_named_and_nothing_is_left(llm, ask, golden_images, tmp_path):
     bad = tmp_path / "note.txt"
     bad.write_text("no image")

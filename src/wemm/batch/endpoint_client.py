@@ -50,7 +50,11 @@ class EndpointClient:
             base_url=url, api_key=api_key or "none", timeout=timeout, max_retries=_MAX_RETRIES
         )
         self._concurrency = concurrency
-        self._model = model or self._first_model()
+        try:
+            self._model = self._served(model)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def model(self) -> str:
@@ -84,14 +88,19 @@ class EndpointClient:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _first_model(self) -> str:
+    def _served(self, model: str | None) -> str:
+        """The model to ask. That the service is there is seen here, not after a minute of retries."""
         try:
-            models = self._client.with_options(max_retries=1).models.list().data
+            served = [entry.id for entry in self._client.with_options(max_retries=1).models.list().data]
+        except self._openai.NotFoundError as error:
+            if model is None:
+                raise self._broken(error) from None
+            return model  # a service without a list
         except self._openai.OpenAIError as error:
             raise self._broken(error) from None
-        if not models:
+        if model is None and not served:
             raise EndpointError(f"{self._url} serves no model; name one by --model")
-        return models[0].id
+        return model or served[0]
 
     def _ask(self, question: Question) -> Answer:
         openai, started = self._openai, time.perf_counter()
@@ -104,12 +113,12 @@ class EndpointClient:
             return Answer.failed(error)
         except openai.APITimeoutError as error:
             return Answer.failed(EndpointError(f"no answer in time: {error}"), "timeout")
-        except (openai.APIConnectionError, openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            raise self._broken(error) from None
-        except openai.NotFoundError as error:
+        except _fatal(openai) as error:
             raise self._broken(error) from None
         except openai.APIStatusError as error:
             return Answer.failed(EndpointError(error.message), str(error.status_code))
+        except (openai.OpenAIError, ValueError) as error:
+            return Answer.failed(EndpointError(f"the service's answer cannot be read: {error}"))
         return _answer(completion, time.perf_counter() - started)
 
     def _broken(self, error: Exception) -> EndpointError:
@@ -121,6 +130,16 @@ class EndpointClient:
         status = getattr(error, "status_code", None)
         remedy = f"; {remedies[status]}" if status in remedies else ""
         return EndpointError(f"{self._url} refuses: {error}{remedy}")
+
+
+def _fatal(openai: Any) -> tuple[type[Exception], ...]:
+    """What no other question would fare better with."""
+    return (
+        openai.APIConnectionError,
+        openai.AuthenticationError,
+        openai.PermissionDeniedError,
+        openai.NotFoundError,
+    )
 
 
 def _answer(completion: ChatCompletion, seconds: float) -> Answer:

@@ -78,7 +78,8 @@ def _from_folder(
     for image in images:
         name = image.relative_to(folder).as_posix()
         for prompt in prompts:
-            yield Item({"image": name, "prompt": prompt}, Question(user_turn(prompt, [image]), sampling))
+            question = Question(user_turn(prompt, [image.absolute()]), sampling)
+            yield Item({"image": name, "prompt": prompt}, question)
 
 
 def _from_jsonl(file: Path, prompts: Sequence[str], sampling: SamplingParams) -> Iterator[Item]:
@@ -137,7 +138,9 @@ def _part(part: Any, directory: Path) -> Any:
 
 
 def _path(image: str, directory: Path) -> str:
-    return image if image[:5].lower() == "data:" else str(directory / Path(image).expanduser())
+    # Absolute: an answer of an earlier run is known again from wherever the next one is started.
+    is_data = image[:5].lower() == "data:"
+    return image if is_data else str((directory / Path(image).expanduser()).absolute())
 
 
 def _sampling(where: str, body: Mapping[str, Any], default: SamplingParams) -> SamplingParams:

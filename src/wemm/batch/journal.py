@@ -25,8 +25,9 @@ class Journal:
                 journal.append(key, record)
             journal.publish(lines)
 
-    A last line that a kill tore is dropped. Raises StorageError if TARGET exists, if it is begun and neither
-    `resume` nor `overwrite` is given, if it was begun with other settings, or if another run writes it.
+    A last line that a kill tore is dropped, and what failed is no answer: `resume` asks it again, also after
+    TARGET was written. Raises StorageError if TARGET is complete, if it is begun and neither `resume` nor
+    `overwrite` is given, if it was begun with other settings, or if another run writes it.
     """
 
     def __init__(self, target: Path, settings: Mapping[str, Any], resume: bool, overwrite: bool) -> None:
@@ -52,18 +53,19 @@ class Journal:
 
     def append(self, key: str, record: Mapping[str, Any]) -> None:
         """One answer, on disk when this returns."""
-        self.records[key] = dict(record)
         self._write({"key": key, **record})
+        self.records[key] = dict(record)
 
     def publish(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Write TARGET, whole or not at all, and drop the journal."""
+        """Write TARGET, whole or not at all; the journal is dropped unless something failed."""
         finished = self._target.with_name(f"{self._target.name}.finished")
         try:
             with finished.open("w", encoding="utf-8") as file:
                 file.writelines(f"{_line(line)}\n" for line in lines)
             finished.replace(self._target)
-            self._file.close()
-            self._partial.unlink()
+            if not any(_failed(record) for record in self.records.values()):
+                self._file.close()
+                self._partial.unlink()
         except OSError as error:
             raise _refused(self._target, error) from None
 
@@ -81,9 +83,9 @@ class Journal:
         self.close()
 
     def _open(self, settings: dict[str, Any], resume: bool, overwrite: bool) -> IO[bytes]:
-        if not overwrite and self._target.exists():
-            raise StorageError(f"{self._target} exists: choose another, or --overwrite it")
         begun = not overwrite and self._partial.exists() and self._partial.stat().st_size > 0
+        if not overwrite and not begun and self._target.exists():
+            raise StorageError(f"{self._target} is there and complete: choose another, or --overwrite it")
         if begun and not resume:
             raise StorageError(
                 f"{self._target} is begun ({self._partial.name} has answers): --resume to go on, --overwrite to "
@@ -112,7 +114,9 @@ class Journal:
             raise StorageError(f"{self._partial} is no journal of this version: --overwrite it")
         self._check_settings(begun_with, json.loads(json.dumps(settings, default=str)))
         for entry in entries[1:]:
-            self.records[str(entry.pop("key"))] = entry
+            key = str(entry.pop("key"))
+            if not _failed(entry):
+                self.records[key] = entry
         return sum(len(line) + 1 for line in lines)
 
     def _parse(self, number: int, line: bytes) -> dict[str, Any]:
@@ -143,6 +147,10 @@ class Journal:
         # Removed while it is held: who takes it next makes a new one.
         Path(self._lock.lock_file).unlink(missing_ok=True)
         self._lock.release()
+
+
+def _failed(record: Mapping[str, Any]) -> bool:
+    return record.get("error") is not None
 
 
 def _line(entry: Mapping[str, Any]) -> str:

@@ -64,7 +64,8 @@ def batch(
     if summary.num_errors == summary.num_items:
         raise ClientError(f"no item was answered (see {target}); the first: {summary.first_error}")
     if summary.num_errors:
-        print(f"{summary.num_errors} of {summary.num_items} items have an error in {target}", file=sys.stderr)
+        share = f"{summary.num_errors} of {summary.num_items}"
+        print(f"{share} items have an error in {target}; --resume asks them again", file=sys.stderr)
     if sys.stderr.isatty():
         seconds = time.perf_counter() - started
         kept = f", {summary.num_kept} of them from before" if summary.num_kept else ""

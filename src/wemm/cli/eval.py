@@ -71,5 +71,6 @@ def _print(summary: Mapping[str, Any]) -> None:
     )
     Console(width=max(100, Console().width)).print(table)
     if summary["num_errors"]:
-        print(f"{summary['num_errors']} questions had no answer; samples.jsonl says why", file=sys.stderr)
+        message = f"{summary['num_errors']} questions had no answer: samples.jsonl says why, --resume asks again"
+        print(message, file=sys.stderr)
     print(json.dumps(summary, ensure_ascii=False))

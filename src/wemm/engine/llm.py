@@ -100,7 +100,7 @@ class LLM:
         """Answer any number of conversations, taken as they are needed; yields (place, output) as each is done.
 
         A request that fails harms no other: its output's `error` says why, whether the prompt was refused
-        or the engine gave it up. Raises RankError, and what `sampling_params` out of range raise.
+        or the engine gave it up. Raises RankError.
         """
         is_one = sampling_params is None or isinstance(sampling_params, SamplingParams)
         params: Any = repeat(sampling_params) if is_one else sampling_params
@@ -212,8 +212,7 @@ class LLM:
         try:
             while True:
                 for place, (prompt, params) in islice(waiting, self._intake.lookahead - len(preparing)):
-                    future = self._intake.submit(prompt, process, params, priority, timeout)
-                    preparing.append((place, future))
+                    preparing.append((place, self._prepare(prompt, process, params, priority, timeout)))
                 if not preparing and not running:
                     return
                 while preparing and len(running) < self.config.max_num_seqs:
@@ -224,7 +223,7 @@ class LLM:
                     try:
                         request = future.result()
                     except WemmError as error:
-                        yield place, _refused(error)
+                        yield place, RequestOutput("", (), (), finished=True, error=error)
                     else:
                         running[request.request_id] = place, self._submit(request)
                 self._step()
@@ -237,6 +236,15 @@ class LLM:
                 future.cancel()
             for request_id in running:
                 self._forget(request_id)
+
+    def _prepare(self, *prompt: Any) -> Future[Request]:
+        """What `Intake.submit` takes → the request to come; parameters out of range fail it like a bad prompt."""
+        try:
+            return self._intake.submit(*prompt)
+        except WemmError as error:
+            refused: Future[Request] = Future()
+            refused.set_exception(error)
+            return refused
 
     def _submit(self, request: Request) -> deque[RequestOutput]:
         """Hand a request to the engine; its states arrive in the returned mailbox."""
@@ -260,10 +268,6 @@ def _counted(complete: Complete, advance: Advance) -> Complete:
         return complete(prompts, params)
 
     return counted
-
-
-def _refused(error: WemmError) -> RequestOutput:
-    return RequestOutput("", (), (), finished=True, error=error)
 
 
 def _checked(output: RequestOutput) -> RequestOutput:

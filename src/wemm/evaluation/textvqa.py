@@ -74,8 +74,8 @@ def _sample(where: str, line: Mapping[str, Any], directory: Path, answers: Mappi
         raise ParameterError(
             f"the annotation of question_id {question_id!r} needs answers: a list of objects with `answer`"
         )
-    path = str(directory / Path(line["image"]).expanduser())
-    return Sample(question_id, line["image"], path, line["question"], tuple(given))
+    path = (directory / Path(line["image"]).expanduser()).absolute()
+    return Sample(question_id, line["image"], str(path), line["question"], tuple(given))
 
 
 def _is_answer(answer: Any) -> bool:

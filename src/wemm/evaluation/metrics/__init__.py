@@ -1,0 +1,1 @@
+"""How one answer is scored, and how sure a mean of scores is. Without torch."""
