@@ -22,9 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 from training.held_out import SETS, Item, held_out_items
-from training.tasks import LANGUAGES, interval
+from training.tasks import LANGUAGES
 from wemm import LLM, SamplingParams
 from wemm.engine.model_runner import ModelRunner
+from wemm.evaluation.metrics.interval import wilson_interval
 from wemm.progress import terminal_bar
 
 GOALS = {
@@ -48,11 +49,11 @@ class Score:
 
     def as_json(self) -> dict[str, Any]:
         """With its 95 % interval."""
-        low, high = interval(self.correct, self.total)
+        low, high = wilson_interval(self.accuracy, self.total)
         return {"accuracy": round(self.accuracy, 4), "low": round(low, 4), "high": round(high, 4), "n": self.total}
 
     def __str__(self) -> str:
-        low, high = interval(self.correct, self.total)
+        low, high = wilson_interval(self.accuracy, self.total)
         return f"{100 * self.accuracy:.1f} ({100 * low:.1f}-{100 * high:.1f})"
 
 

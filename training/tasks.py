@@ -304,15 +304,3 @@ def every_text() -> list[str]:
     texts += [*SHAPES, *_ZH_SHAPE.values(), "yes", "no", "有", "没有", "The number 0.", "The word A."]
     texts += ["数字0。", "单词A。"]
     return texts
-
-
-def interval(correct: int, total: int) -> tuple[float, float]:
-    """95 % Wilson interval of a share."""
-    if total == 0:
-        return 0.0, 1.0
-    z = 1.959964
-    share, z2 = correct / total, z * z
-    middle = (share + z2 / (2 * total)) / (1 + z2 / total)
-    half = z * math.sqrt(share * (1 - share) / total + z2 / (4 * total * total)) / (1 + z2 / total)
-    # Rounding must not put the share itself outside.
-    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training.images import COLOURS, DIGITS, LETTERS, SHAPES, draw_shapes, random_text, sample_size
@@ -28,7 +28,6 @@ from training.tasks import (
     ask_text,
     casually,
     every_text,
-    interval,
     sample_scene,
     sample_text,
 )
@@ -41,7 +40,6 @@ DRAWN_TASKS = (*SCENE_TASKS, "describe")
 
 PROPERTY = settings(max_examples=50, deadline=None, derandomize=True)
 SEEDS = st.integers(0, 2**32 - 1)
-SHARES = st.integers(1, 2000).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total)))
 """(correct, total)."""
 
 # Written down once more, so that a slip in the module's own tables shows.
@@ -379,53 +377,6 @@ def test_the_order_of_a_scene_says_nothing(task):
         for place in (0, -1)
     }
     assert share[0] == pytest.approx(share[-1], abs=0.03)
-
-
-# --- interval ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("correct", "total", "low", "high"),
-    [
-        (0, 0, 0.0, 1.0),
-        (0, 10, 0.0, 0.277533),
-        (50, 100, 0.403832, 0.596168),
-        (10, 10, 0.722467, 1.0),
-    ],
-)
-def test_the_interval_is_wilson_s(correct, total, low, high):
-    assert interval(correct, total) == pytest.approx((low, high), abs=1e-6)
-
-
-@PROPERTY
-@given(SHARES)
-def test_the_ends_of_the_interval_are_1_96_standard_errors_from_the_share(share):
-    """Of the standard error that each end itself would have: Wilson's equation."""
-    correct, total = share
-    for end in interval(correct, total):
-        end = min(1.0, max(0.0, end))
-        error = math.sqrt(end * (1 - end) / total)
-        assert abs(correct / total - end) == pytest.approx(1.959964 * error, abs=1e-6)
-
-
-@PROPERTY
-@given(SHARES)
-@example((0, 500))
-@example((10, 10))
-def test_the_interval_holds_the_share_and_stays_within_0_and_1(share):
-    """Exactly, also where nothing or everything is right: no rounding lets the share slip out."""
-    low, high = interval(*share)
-    assert 0 <= low <= share[0] / share[1] <= high <= 1
-
-
-@PROPERTY
-@given(SHARES)
-def test_the_interval_mirrors_that_of_the_errors_and_narrows_with_more_items(share):
-    correct, total = share
-    low, high = interval(correct, total)
-    more = interval(10 * correct, 10 * total)
-    assert interval(total - correct, total) == pytest.approx((1 - high, 1 - low))
-    assert more[1] - more[0] < high - low
 
 
 # --- tokenizer ---------------------------------------------------------------------------------------
