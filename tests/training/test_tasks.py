@@ -40,7 +40,6 @@ DRAWN_TASKS = (*SCENE_TASKS, "describe")
 
 PROPERTY = settings(max_examples=50, deadline=None, derandomize=True)
 SEEDS = st.integers(0, 2**32 - 1)
-"""(correct, total)."""
 
 # Written down once more, so that a slip in the module's own tables shows.
 NAMES = {

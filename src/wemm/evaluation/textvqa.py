@@ -33,7 +33,7 @@ class Sample:
     @property
     def references(self) -> list[str]:
         """What people answered."""
-        return [str(answer["answer"]) for answer in self.answers]
+        return [answer["answer"] for answer in self.answers]
 
 
 def annotations_file(data: Path) -> Path:
@@ -75,7 +75,8 @@ def _sample(where: str, line: Mapping[str, Any], directory: Path, answers: Mappi
             f"the annotation of question_id {question_id!r} needs answers: a list of objects with `answer`"
         )
     path = (directory / Path(line["image"]).expanduser()).absolute()
-    return Sample(question_id, line["image"], str(path), line["question"], tuple(given))
+    texts = tuple({**answer, "answer": str(answer["answer"])} for answer in given)
+    return Sample(question_id, line["image"], str(path), line["question"], texts)
 
 
 def _is_answer(answer: Any) -> bool:
