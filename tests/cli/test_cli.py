@@ -276,6 +276,7 @@ def test_interrupted(run, monkeypatch):
 COMMANDS = [
     [], ["generate"], ["chat"], ["info"], ["convert"],
     ["bench"], ["bench", "ops"], ["bench", "throughput"], ["bench", "latency"],
+    ["bench", "serve"], ["bench", "all"],
 ]  # fmt: skip
 
 
@@ -356,12 +357,21 @@ def test_a_reader_that_leaves_early():
 SMALL_WORK = ["-m", "tiny", "--device", "cpu", "--requests", "3", "--image-size", "20x30", "--output-len", "3"]
 
 
+@pytest.fixture
+def small_probes(monkeypatch):
+    """Ceilings of a cache: nothing here looks at their size."""
+    monkeypatch.setattr("wemm.benchmark.ceilings._PROBE_BYTES", 2**22)
+    monkeypatch.setattr("wemm.benchmark.ceilings._PROBE_SECONDS", 0.01)
+    monkeypatch.setattr("wemm.benchmark.ceilings._GEMM_SIZES", {"cpu": (64,)})
+
+
 def test_bench_throughput(run, tmp_path):
     """Three questions about one picture: a table, a picture, one JSON line; the picture is encoded once."""
     arguments = [*SMALL_WORK, "--images", "1", "--plot", tmp_path / "bars.png"]
     status, out, _ = run("bench", "throughput", *arguments)
     assert status == 0
     line = json.loads(out.splitlines()[-1])
+    assert line["benchmark"] == "throughput"
     assert set(line["results"]) == {"together", "one by one"}
     for result in line["results"].values():
         assert result["num_tower_calls"] == 1
@@ -373,14 +383,20 @@ def test_bench_throughput(run, tmp_path):
         assert picture.width == 840
 
 
-def test_bench_latency(run, tmp_path):
-    """Every request pays for its own image; stages add up to the whole."""
-    status, out, _ = run("bench", "latency", *SMALL_WORK, "--plot", tmp_path / "bars.svg")
+def test_bench_latency(run, tmp_path, small_probes):
+    """Every request pays for its own image; requests are filled up to whole batches."""
+    files = {option: tmp_path / f"x.{option[2:]}" for option in ("--csv", "--report")}
+    options = [*SMALL_WORK, "--batch", "2", "--plot", tmp_path / "bars.svg"]
+    status, out, _ = run("bench", "latency", *options, *(part for pair in files.items() for part in pair))
     assert status == 0
-    seconds = json.loads(out.splitlines()[-1])["seconds"]
+    line = json.loads(out.splitlines()[-1])
+    seconds = line["seconds"]
+    assert line["settings"]["num_requests"] == 4
     assert seconds["vision"]["median"] > 0
     assert seconds["total"]["worst"] >= seconds["first_token"]["worst"] > 0
     assert (tmp_path / "bars.svg").read_text().startswith("<?xml")
+    assert files["--csv"].read_text(encoding="utf-8").splitlines()[0].startswith("stage,median (ms)")
+    assert "<html" in files["--report"].read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -389,6 +405,7 @@ def test_bench_latency(run, tmp_path):
         (["--image-size", "640"], "an image size is written like 640x480, or none for text alone. Given: '640'"),
         (["--image-size", "0x5"], "Given: '0x5'"),
         (["--plot", "bars.xyz"], "--plot bars.xyz:"),
+        (["--csv", "absent/table.csv"], "--csv absent/table.csv: there is no directory absent"),
         (["--requests", "0"], "Invalid value for '--requests'"),
     ],
 )
@@ -398,13 +415,32 @@ def test_bench_mistakes(run, arguments, message):
     assert message in err
 
 
-def test_bench_ops(run):
-    status, out, _ = run("bench", "ops", "--device", "cpu", "--only", "rms_norm", "--dtype", "float32")
+def test_bench_ops(run, small_probes):
+    options = ["--device", "cpu", "--only", "rms_norm", "--dtype", "float32", "--shapes", "nano"]
+    status, out, _ = run("bench", "ops", *options, "--seconds", "0.01")
     assert status == 0
     report = json.loads(out.splitlines()[-1])
-    assert report["copy_gb_per_s"] > 0
+    assert set(report["ceilings"]) == {"read_gb_per_s", "copy_gb_per_s", "gemm_gflop_per_s"}
     assert {r["op"] for r in report["ops"]} == {"rms_norm"}
     assert all(r["microseconds"] > 0 for r in report["ops"])
+    assert {r["bound"] for r in report["ops"]} <= {"memory", "compute"}
+
+
+def test_bench_all_is_one_line_and_one_report(run, tmp_path, small_probes):
+    options = ["--seconds", "0.001", "--report", tmp_path / "speed.html"]
+    status, out, _ = run("bench", "all", *SMALL_WORK, *options)
+    assert status == 0
+    results = json.loads(out.splitlines()[-1])["results"]
+    assert [result["benchmark"] for result in results] == ["latency", "throughput", "ops"]
+    assert {result["settings"]["dtype"] for result in results} == {results[0]["settings"]["dtype"]}
+    assert results[2]["settings"]["shapes"] == "tiny"
+    assert "tiny" in (tmp_path / "speed.html").read_text(encoding="utf-8")
+
+
+def test_bench_serve_without_a_server_says_so(run):
+    _assert_one_error(
+        run("bench", "serve", "--base-url", "http://127.0.0.1:9/v1", "--model", "m"), "no answer from"
+    )
 
 
 def test_help_does_not_wait_for_torch():

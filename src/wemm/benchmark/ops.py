@@ -1,44 +1,98 @@
-"""Every op × implementation × case of the registry, timed next to a copy of the same moment."""
+"""Every op × implementation × case, as a share of the ceiling that binds it, measured in the same run."""
 
 from __future__ import annotations
 
-import json
-import statistics
-import time
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from importlib import import_module
+from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
 import torch
 
 import wemm.ops
-from wemm.config import DTYPES
+from wemm.benchmark.ceilings import Ceilings, Timing, describe, time_calls
+from wemm.benchmark.charts import roofline
+from wemm.benchmark.result import Result, Table, environment
+from wemm.config import DTYPES, EngineConfig, ModelConfig, PloraConfig
+from wemm.cost import image_cost
+from wemm.engine.build import find_source
 from wemm.errors import ParameterError
 from wemm.kernels import load_kernels
-from wemm.ops.registry import DEFINITION, OPS, Inputs
+from wemm.ops.registry import DEFINITION, OPS, Inputs, LazyCases, ModelShapes, Op, tensor_bytes
 from wemm.platforms import Platform, resolve_platform
+from wemm.progress import terminal_bar
 
-_ROUNDS = 15
-_PROBE_BYTES = 2**28
+DEFAULT_SHAPES = "wemm-chat-2k-cn"
+PARITY_CASES = "cases"
+_IMAGE_SIZE = (1960, 1470)
+_QUESTION_LEN = 77
+_BLOCK_SIZE = 2**20  # numbers drawn once and repeated
+_WORKING_FACTOR = 4  # copies in float32, results, expanded keys
+_CACHE_BYTES = 2**29
+_LARGE_ARGUMENTS = 2**24
+_MAX_COPIES = 8
 
 
-def run(device: str, dtype: str, only: str | None) -> None:
-    """Measure and print one table, then one JSON line. Raises ParameterError, DeviceError."""
-    if dtype not in DTYPES:
-        raise ParameterError(f"dtype must be {', '.join(DTYPES)}. Given: {dtype!r}")
-    platform = resolve_platform(device)
-    load_ops()
-    load_kernels(platform.device.type)
-    if only is not None and only not in OPS:
-        raise ParameterError(f"no op {only!r}; there are {', '.join(OPS)}")
-    results = [
-        result
-        for name, op in OPS.items()
-        if only in (None, name)
-        for result in _measure_op(name, op, platform, getattr(torch, dtype))
-    ]
-    _print(results, platform, dtype)
+@dataclass(frozen=True)
+class OpsBenchmark:
+    """What to measure. Raises ParameterError."""
+
+    device: str = "auto"
+    dtype: str = "bfloat16"
+    only: str | None = None
+    shapes: str = DEFAULT_SHAPES
+    seconds: float = 1.0
+    """Per case and implementation."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ParameterError(f"dtype must be {', '.join(DTYPES)}. Given: {self.dtype!r}")
+        if not 0 < self.seconds < math.inf:
+            raise ParameterError(f"seconds must be above 0. Given: {self.seconds}")
+        load_ops()
+        if self.only is not None and self.only not in OPS:
+            raise ParameterError(f"no op {self.only!r}; there are {', '.join(OPS)}")
+
+
+@dataclass(frozen=True)
+class _Job:
+    op: Op[Any, Any]
+    implementation: str
+    case: str
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One case of one implementation, before it is compared with the ceilings."""
+
+    op: str
+    case: str
+    implementation: str
+    timing: Timing
+    flops: int
+    moved_bytes: int
+
+    def figures(self, ceilings: Ceilings) -> dict[str, Any]:
+        """Against the ceiling that the roofline of this run says binds."""
+        seconds, intensity = self.timing.median, self.flops / self.moved_bytes
+        is_memory_bound = intensity * ceilings.read < ceilings.gemm
+        share = self.moved_bytes / ceilings.read if is_memory_bound else self.flops / ceilings.gemm
+        return {
+            "op": self.op,
+            "case": self.case,
+            "implementation": self.implementation,
+            "microseconds": seconds * 1e6,
+            "gb_per_s": self.moved_bytes / seconds / 1e9,
+            "gflop_per_s": self.flops / seconds / 1e9,
+            "intensity": intensity,
+            "bound": "memory" if is_memory_bound else "compute",
+            "share_of_ceiling": share / seconds,
+            "rounds": len(self.timing.rounds),
+        }
 
 
 def load_ops() -> None:
@@ -47,62 +101,160 @@ def load_ops() -> None:
         import_module(f"wemm.ops.{module.name}")
 
 
-def _measure_op(name: str, op: Any, platform: Platform, dtype: torch.dtype) -> list[dict[str, Any]]:
-    results = []
-    implementations = [DEFINITION, *(i.name for i in op.implementations if i.device == platform.device.type)]
-    for case, arguments in op.cases(Inputs(dtype, platform.device)).items():
-        for implementation in implementations:
-            with torch.inference_mode(), op.using(implementation):
+def run(settings: OpsBenchmark) -> Result:
+    """Measure. Raises ParameterError, DeviceError, and what a model of `shapes` raises."""
+    platform = resolve_platform(settings.device)
+    shapes = None if settings.shapes == PARITY_CASES else model_shapes(settings.shapes)
+    load_kernels(platform.device.type)
+    ceilings = Ceilings(platform, getattr(torch, settings.dtype))
+    measurements, skipped = _measure_all(settings, shapes, ceilings)
+    rows = [measurement.figures(ceilings) for measurement in measurements]
+    figures = {"ceilings": ceilings.figures(), "dtype": settings.dtype, "ops": rows, "skipped": skipped}
+    title = f"{settings.dtype}, shapes of {settings.shapes}, {environment(platform)['device']}"
+    return Result(
+        benchmark="ops",
+        environment=environment(platform),
+        settings=asdict(settings),
+        figures=figures,
+        tables=[Table(f"Ops in {title}", _COLUMNS, [_row(row) for row in rows])],
+        chart=lambda path: _chart(path, title, ceilings, rows),
+        notes=[
+            describe(ceilings.figures()),
+            *([_ABOVE] if any(row["share_of_ceiling"] > 1 for row in rows) else []),
+            *(f"skipped: {entry['op']}, {entry['case']}: {entry['reason']}" for entry in skipped),
+        ],
+    )
+
+
+def model_shapes(model: str) -> ModelShapes:
+    """Of a preset, bundled name, checkpoint directory or hub id. Raises ModelNotFoundError, CheckpointError."""
+    try:
+        source = find_source(EngineConfig(model, load_format="dummy"))
+    except ParameterError as error:
+        raise ParameterError(f"--shapes {model}: {error}") from None
+    return shapes_of(source.config, source.plora)
+
+
+def shapes_of(config: ModelConfig, plora: PloraConfig | None) -> ModelShapes:
+    """One image of 1960x1470 and a question of 77 tokens: with the real model 947 + 77 tokens."""
+    plan = image_cost(config, plora, *_IMAGE_SIZE, "bfloat16").plan
+    return ModelShapes(config, plora, plan.num_patches, plan.num_tokens, plan.num_tokens + _QUESTION_LEN)
+
+
+def _measure_all(
+    settings: OpsBenchmark, shapes: ModelShapes | None, ceilings: Ceilings
+) -> tuple[list[Measurement], list[dict[str, str]]]:
+    platform = ceilings.platform
+    jobs = list(_jobs(settings, shapes, platform))
+    measurements: list[Measurement] = []
+    skipped: list[dict[str, str]] = []
+    with terminal_bar("measuring", len(jobs), "cases") as advance, torch.inference_mode():
+        for _, of_op in itertools.groupby(jobs, key=lambda job: job.op.name):
+            ceilings.measure()
+            for job in of_op:
                 try:
-                    result = op(*arguments)
-                except ParameterError:  # the kernel does not take this case
-                    continue
-                seconds = _median_seconds(lambda op=op, arguments=arguments: op(*arguments), platform)  # type: ignore[misc]
-            num_bytes = _num_bytes(arguments) + _num_bytes(result)
-            results.append({
-                "op": name, "case": case, "implementation": implementation,
-                "microseconds": seconds * 1e6, "gb_per_s": num_bytes / seconds / 1e9,
-            })  # fmt: skip
-    return results
+                    measurements += _measure(job, settings, shapes, platform)
+                except _DoesNotFitError as error:
+                    skipped.append({"op": job.op.name, "case": job.case, "reason": str(error)})
+                advance(1)
+        ceilings.measure()
+    return measurements, skipped
 
 
-def _median_seconds(function: Callable[[], Any], platform: Platform) -> float:
-    function()
-    times = []
-    for _ in range(_ROUNDS):
-        platform.synchronize()
-        started = time.perf_counter()
-        function()
-        platform.synchronize()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+def _jobs(settings: OpsBenchmark, shapes: ModelShapes | None, platform: Platform) -> Iterator[_Job]:
+    for name, op in OPS.items():
+        if settings.only not in (None, name):
+            continue
+        implementations = [DEFINITION, *(i.name for i in op.implementations if i.device == platform.device.type)]
+        for case in _cases(op, shapes, _Sizes(getattr(torch, settings.dtype))):
+            yield from (_Job(op, implementation, case) for implementation in implementations)
 
 
-def _num_bytes(values: Any) -> int:
-    tensors = values if isinstance(values, tuple) else (values,)
-    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+def _cases(op: Op[Any, Any], shapes: ModelShapes | None, inputs: Inputs) -> LazyCases:
+    if shapes is not None:
+        return op.model_cases(inputs, shapes)
+    return {case: lambda arguments=arguments: arguments for case, arguments in op.cases(inputs).items()}  # type: ignore[misc]
 
 
-def copy_bandwidth(platform: Platform) -> float:
-    """Bytes read and written per second by a copy that no cache holds."""
-    source = torch.ones(_PROBE_BYTES, dtype=torch.uint8, device=platform.device)
-    target = torch.empty_like(source)
-    return 2 * _PROBE_BYTES / _median_seconds(lambda: target.copy_(source), platform)
+class _DoesNotFitError(Exception):
+    """The case needs more memory than there is."""
 
 
-def _print(results: list[dict[str, Any]], platform: Platform, dtype: str) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+def _measure(
+    job: _Job, settings: OpsBenchmark, shapes: ModelShapes | None, platform: Platform
+) -> list[Measurement]:
+    """Empty if the kernel does not take this case."""
+    op, dtype = job.op, getattr(torch, settings.dtype)
+    num_copies = _num_copies(tensor_bytes(_cases(op, shapes, _Sizes(dtype))[job.case]()), platform)
+    inputs = Inputs(dtype, platform.device) if shapes is None else _RepeatedNumbers(dtype, platform.device)
+    make = _cases(op, shapes, inputs)[job.case]
+    try:
+        copies = [make() for _ in range(num_copies)]
+        arguments = itertools.cycle(copies)
+        with op.using(job.implementation):
+            try:
+                result = op(*copies[0])
+            except ParameterError:
+                return []
+            flops, moved_bytes = op.work(copies[0], result)
+            del result
+            timing = time_calls(lambda: op(*next(arguments)), platform, settings.seconds)
+    except torch.OutOfMemoryError as error:
+        raise _DoesNotFitError(str(error).splitlines()[0]) from None
+    return [Measurement(op.name, job.case, job.implementation, timing, flops, moved_bytes)]
 
-    ceiling = copy_bandwidth(platform) / 1e9
-    table = Table(title=f"{platform.device}, {dtype}, copy {ceiling:.1f} GB/s", box=box.SIMPLE_HEAD)
-    for column in ("op", "case", "implementation", "µs", "GB/s", "of copy"):
-        is_text = column in ("op", "case", "implementation")
-        table.add_column(column, justify="left" if is_text else "right", no_wrap=True, overflow="fold")
-    for r in results:
-        share = f"{r['gb_per_s'] / ceiling:.0%}"
-        numbers = (f"{r['microseconds']:.1f}", f"{r['gb_per_s']:.2f}", share)
-        table.add_row(r["op"], r["case"], r["implementation"], *numbers)
-    Console(width=max(100, Console().width)).print(table)
-    print(json.dumps({"device": str(platform.device), "dtype": dtype, "copy_gb_per_s": ceiling, "ops": results}))
+
+def _num_copies(num_bytes: int, platform: Platform) -> int:
+    """Weights are read from memory in a model: copies in turn, so that no cache keeps them."""
+    available = platform.available_memory()
+    if available is not None and _WORKING_FACTOR * num_bytes > available:
+        need, have = (size / 2**30 for size in (_WORKING_FACTOR * num_bytes, available))
+        raise _DoesNotFitError(f"needs up to {need:.1f} GiB, {have:.1f} GiB are available")
+    if num_bytes < _LARGE_ARGUMENTS:
+        return 1
+    wanted = min(_MAX_COPIES, _CACHE_BYTES // num_bytes + 1)
+    return wanted if available is None else max(1, min(wanted, available // 2 // num_bytes))
+
+
+class _Sizes(Inputs):
+    """Arguments without numbers: what a case would need, for nothing."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(dtype, torch.device("cpu"))
+
+    def normal(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
+        return torch.empty(shape, dtype=self.dtype, device="meta")
+
+
+class _RepeatedNumbers(Inputs):
+    """The same million numbers again and again: gigabytes in no time. Speed does not depend on them."""
+
+    def normal(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
+        length = math.prod(shape)
+        block = super().normal(min(length, _BLOCK_SIZE), scale=scale)
+        return block.repeat(-(-length // _BLOCK_SIZE))[:length].view(shape)
+
+
+_ABOVE = "more than 100 %: what fits into a cache comes from there; or the machine was busy beside every probe"
+_COLUMNS = (
+    "op", "case", "implementation", "time (µs)", "GB/s", "GFLOP/s", "FLOP/byte", "bound", "share of ceiling (%)",
+)  # fmt: skip
+
+
+def _row(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    shown = {**row, "share_of_ceiling": 100 * row["share_of_ceiling"]}
+    return tuple(value for name, value in shown.items() if name != "rounds")
+
+
+def _chart(path: Path, title: str, ceilings: Ceilings, rows: list[dict[str, Any]]) -> None:
+    points = [
+        (
+            row["op"] if row["implementation"] == DEFINITION else f"{row['op']} ({row['implementation']})",
+            row["case"],
+            row["intensity"],
+            row["gflop_per_s"],
+        )
+        for row in rows
+        if row["gflop_per_s"]  # copies compute nothing: they have no place here
+    ]
+    roofline(path, f"Roofline: {title}", ceilings.read / 1e9, ceilings.gemm / 1e9, points)

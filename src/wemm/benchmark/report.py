@@ -1,46 +1,156 @@
-"""Results as a table and as a picture."""
+"""How a result leaves the program: tables and one JSON line on stdout, CSV, chart and HTML in files."""
 
 from __future__ import annotations
 
+import csv
+import json
+import os
+import shlex
+import sys
+import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from wemm.errors import ParameterError
+from wemm.benchmark.result import Result, Table
+from wemm.errors import ParameterError, StorageError
+
+_GAP = 3  # between two columns
+_PLOT_TYPES = (".png", ".svg", ".pdf")
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+@dataclass(frozen=True)
+class Outputs:
+    """Which files to write. `check` before the measurement, `write` after it."""
+
+    csv: Path | None = None
+    plot: Path | None = None
+    report: Path | None = None
+    accuracy: Path | None = None
+    """summary.json of an evaluation, to stand beside the speed in the report."""
+
+    def check(self) -> None:
+        """Refuse what could not be written, before minutes are spent. Raises ParameterError, StorageError."""
+        if self.plot is not None:
+            if self.plot.suffix.lower() not in _PLOT_TYPES:
+                raise ParameterError(f"--plot {self.plot}: the name must end in {', '.join(_PLOT_TYPES)}")
+            _require("--plot", "matplotlib")
+        if self.report is not None:
+            _require("--report", "jinja2")
+        if self.accuracy is not None and self.report is None:
+            raise ParameterError("--accuracy goes into the report: add --report FILE.html")
+        self._read_accuracy()
+        for flag, path in (("--csv", self.csv), ("--plot", self.plot), ("--report", self.report)):
+            if path is not None:
+                _check_writable(flag, path)
+
+    def write(self, results: Sequence[Result], lines: Sequence[Mapping[str, Any]]) -> None:
+        """`lines`: the JSON objects of the results. Raises StorageError."""
+        if self.csv is not None:
+            _writing("--csv", self.csv, lambda path: write_csv(path, results[0].tables[0]))
+        if self.plot is not None:
+            _writing("--plot", self.plot, results[0].chart)
+        if self.report is not None:
+            from wemm.benchmark.html import write_report
+
+            accuracy = self._read_accuracy()
+            _writing("--report", self.report, lambda path: write_report(path, lines, accuracy))
+
+    def _read_accuracy(self) -> Mapping[str, Any] | None:
+        if self.accuracy is None:
+            return None
+        try:
+            summary = json.loads(self.accuracy.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ParameterError(f"--accuracy {self.accuracy}: {error}") from None
+        if not isinstance(summary, dict):
+            raise ParameterError(f"--accuracy {self.accuracy}: not the summary.json of an evaluation")
+        return summary
+
+
+def finish(results: Sequence[Result], outputs: Outputs) -> None:
+    """Tables, then one JSON line, then the files: a full disk costs no figure. Raises StorageError."""
+    for result in results:
+        for table in result.tables:
+            print_table(table)
+        for note in result.notes:
+            print(note)
+    lines = [{**result.line(), "command": command_line(sys.argv)} for result in results]
+    print(json.dumps(lines[0] if len(lines) == 1 else {"results": lines}, ensure_ascii=False))
+    outputs.write(results, lines)
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """As it was typed, but for keys."""
+    words = ["wemm", *arguments[1:]]
+    for i, word in enumerate(words):
+        if word.startswith("--api-key="):
+            words[i] = "--api-key=KEY"
+        elif i and words[i - 1] == "--api-key":
+            words[i] = "KEY"
+    return shlex.join(words)
+
+
+def print_table(table: Table) -> None:
     """Text columns to the left, numbers to the right."""
     from rich import box
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Table as RichTable
 
-    table = Table(title=title, box=box.SIMPLE_HEAD)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left", no_wrap=True, overflow="fold")
-    for row in rows:
-        table.add_row(*(f"{value:,.2f}" if isinstance(value, float) else str(value) for value in row))
-    Console(width=max(100, Console().width)).print(table)
+    drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
+    needed = 0
+    for index, column in enumerate(table.columns):
+        is_text = all(isinstance(row[index], str) for row in table.rows)
+        # Headers may be broken into words, cells not at all: numbers must stay readable in a pipe.
+        cells = [*column.split(), *(_shown(row[index]) for row in table.rows)]
+        width = max(len(cell) for cell in cells)
+        header = textwrap.fill(column, width)
+        drawn.add_column(header, justify="left" if is_text else "right")
+        needed += width + _GAP
+    for row in table.rows:
+        drawn.add_row(*(_shown(value) for value in row))
+    print(table.title)
+    Console(width=max(needed, Console().width)).print(drawn)
 
 
-def bars(path: Path, label: str, values: Mapping[str, float]) -> None:
-    """A bar chart. Raises ParameterError if matplotlib is absent or the file type unknown."""
+def _shown(value: Any) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, float):
+        return str(value)
+    for least, digits in ((1e4, 0), (100, 1), (1, 2)):
+        if abs(value) >= least:
+            return f"{value:,.{digits}f}"
+    return f"{value:.3g}"
+
+
+def write_csv(path: Path, table: Table) -> None:
+    """RFC 4180, UTF-8, one header row."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(table.columns)
+        writer.writerows(table.rows)
+
+
+def _require(flag: str, module: str) -> None:
+    if find_spec(module) is None:
+        raise ParameterError(f"{flag} needs {module}: pip install 'wemm[bench]'")
+
+
+def _check_writable(flag: str, path: Path) -> None:
+    directory = path.parent
+    if not directory.is_dir():
+        raise StorageError(f"{flag} {path}: there is no directory {directory}")
+    if path.is_dir():
+        raise StorageError(f"{flag} {path}: is a directory; give the name of a file")
+    if not os.access(path if path.exists() else directory, os.W_OK):
+        raise StorageError(f"{flag} {path}: cannot be written; give another place")
+
+
+def _writing(flag: str, path: Path, write: Any) -> None:
     try:
-        import matplotlib as mpl
-    except ImportError:
-        raise ParameterError("--plot needs matplotlib: pip install 'wemm[bench]'") from None
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 0.6 * len(values) + 1.2), layout="constrained")
-    axes.bar_label(axes.barh(list(values), list(values.values())), fmt="%.3g", padding=3)
-    axes.invert_yaxis()
-    axes.set(xlabel=label)
-    axes.margins(x=0.15)
-    axes.spines[["top", "right"]].set_visible(False)
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise ParameterError(f"--plot {path}: {error}") from None
-    finally:
-        pyplot.close(figure)
+        write(path)
+    except OSError as error:
+        raise StorageError(f"{flag} {path}: {error.strerror or error}") from None

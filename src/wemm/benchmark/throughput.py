@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from wemm.benchmark.report import bars, print_table
+from wemm.benchmark.charts import bars
+from wemm.benchmark.result import Result, Table, engine_settings, environment, run_dtype
 from wemm.benchmark.workload import Workload
 from wemm.config import EngineConfig
 from wemm.engine.llm import LLM
+from wemm.platforms import resolve_platform
 from wemm.progress import terminal_bar
 from wemm.request import SamplingParams
+
+_COLUMNS = (
+    "way", "time (s)", "requests/s", "prompt tokens/s", "output tokens/s", "vision tower calls", "tokens computed",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,24 +34,34 @@ class Throughput:
     num_computed_tokens: int
 
 
-def run(engine: EngineConfig, workload: Workload, output_len: int, compare: bool, plot: Path | None) -> None:
-    """Measure and print one table, then one JSON line."""
+def run(engine: EngineConfig, workload: Workload, output_len: int, compare: bool) -> Result:
+    """Measure; `compare` asks the same one after another as well."""
     conversations = workload.conversations()
     params = SamplingParams(max_tokens=output_len, ignore_eos=True, repetition_guard=False)
     results = {"together": _measure(engine, conversations, params, at_once=True)}
     if compare:
         results["one by one"] = _measure(engine, conversations, params, at_once=False)
-    columns = ("s", "requests/s", "prompt tok/s", "output tok/s", "tower calls", "tok computed")
-    title = f"{workload.num_requests} requests, {engine.model}, {output_len} tokens each"
-    print_table(title, ("", *columns), [(name, *asdict(result).values()) for name, result in results.items()])
-    line: dict[str, Any] = {"workload": asdict(workload), "output_len": output_len}
-    line["results"] = {name: asdict(result) for name, result in results.items()}
+    figures: dict[str, Any] = {"results": {name: asdict(result) for name, result in results.items()}}
+    notes = []
     if compare:
-        line["speed_up"] = results["one by one"].seconds / results["together"].seconds
-        print(f"together {line['speed_up']:.1f} times as fast as one by one")
-    if plot is not None:
-        bars(plot, "requests per second", {name: result.requests_per_s for name, result in results.items()})
-    print(json.dumps(line))
+        figures["speed_up"] = results["one by one"].seconds / results["together"].seconds
+        notes.append(f"together {figures['speed_up']:.1f} times as fast as one by one")
+    platform = resolve_platform(engine.device)
+    dtype = run_dtype(engine)
+    title = f"{Path(engine.model).name}, {dtype}, {workload.num_requests} requests, {output_len} tokens each"
+    return Result(
+        benchmark="throughput",
+        environment=environment(platform),
+        settings={**engine_settings(engine, dtype), **workload.settings(), "output_len": output_len},
+        figures=figures,
+        tables=[Table(f"Throughput of {title}", _COLUMNS, [(n, *asdict(r).values()) for n, r in results.items()])],
+        chart=lambda path: _chart(path, title, results),
+        notes=notes,
+    )
+
+
+def _chart(path: Path, title: str, results: Mapping[str, Throughput]) -> None:
+    bars(path, title, "requests per second", {name: result.requests_per_s for name, result in results.items()})
 
 
 def _measure(engine: EngineConfig, conversations: list[Any], params: SamplingParams, at_once: bool) -> Throughput:

@@ -1,9 +1,10 @@
-"""Seeded requests for benchmarks: questions about drawn pictures of a given size."""
+"""Seeded requests for benchmarks: questions about drawn pictures of a given size, or about one of the user's."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from wemm.errors import ParameterError
 from wemm.processing.chat_template import Message
+from wemm.processing.media import open_image
 
 _WORDS = ("what", "is", "written", "here", "how", "many", "are", "there", "left", "of", "the", "large", "one")
 
@@ -26,12 +28,31 @@ class Workload:
     """Different images, asked about in turn."""
     prompt_words: int
     seed: int
+    image_file: Path | None = None
+    """This picture in every request instead of drawn ones."""
+    prompt: str | None = None
+    """This question instead of drawn words."""
 
     def conversations(self) -> list[Sequence[Message]]:
-        """One per request; every question is different."""
+        """One per request; every drawn question is different."""
         rng = np.random.default_rng(self.seed)
-        images = [self._image(rng) for _ in range(self.num_images)] if self.image_size else []
+        images: list[Any] = [str(self.image_file)] if self.image_file else []
+        if self.image_size and not images:
+            images = [self._image(rng) for _ in range(self.num_images)]
         return [self._conversation(rng, images, i) for i in range(self.num_requests)]
+
+    def pixels(self) -> tuple[int, int] | None:
+        """(width, height) of the images; None: text only. Raises MediaError if the file is no image."""
+        return open_image(self.image_file).size if self.image_file else self.image_size
+
+    def settings(self) -> dict[str, Any]:
+        """The fields, ready for JSON."""
+        size = self.pixels()
+        return {
+            **asdict(self),
+            "image_size": f"{size[0]}x{size[1]}" if size else "none",
+            "image_file": str(self.image_file) if self.image_file else None,
+        }
 
     def _image(self, rng: np.random.Generator) -> Image.Image:
         assert self.image_size is not None
@@ -39,10 +60,8 @@ class Workload:
         noise = rng.integers(0, 256, (max(1, height // 8), max(1, width // 8), 3), dtype=np.uint8)
         return Image.fromarray(noise).resize((width, height))
 
-    def _conversation(
-        self, rng: np.random.Generator, images: Sequence[Image.Image], i: int
-    ) -> list[dict[str, Any]]:
-        text = " ".join([f"{i}:", *rng.choice(_WORDS, self.prompt_words)])
+    def _conversation(self, rng: np.random.Generator, images: Sequence[Any], i: int) -> list[dict[str, Any]]:
+        text = self.prompt or " ".join([f"{i}:", *rng.choice(_WORDS, self.prompt_words)])
         parts: list[dict[str, Any]] = [{"type": "text", "text": text}]
         if images:
             parts.insert(0, {"type": "image", "image": images[i % len(images)]})

@@ -7,22 +7,30 @@ from typing import Annotated
 
 import typer
 
-from wemm.cli.options import engine_options
+from wemm.benchmark.serve_config import ServeBenchmark
+from wemm.cli.options import config_options, engine_options
 from wemm.config import EngineConfig
 
-_Requests = Annotated[int, typer.Option(min=1, help="Requests.")]
 _ImageSize = Annotated[str, typer.Option(metavar="WxH", help="Size of the images in pixels; none: text alone.")]
 _Words = Annotated[int, typer.Option(min=0, help="Words of each question.")]
 _OutputLen = Annotated[int, typer.Option(min=1, help="Tokens of each answer.")]
 _WorkloadSeed = Annotated[int, typer.Option(min=0, help="Seed of images and questions.")]
+_Seconds = Annotated[float, typer.Option(help="Seconds for each case of each op; one call at least.")]
+_Csv = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the table as CSV.")]
 _Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw the result (PNG, SVG, PDF).")]
+_Report = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Also write a page to read in a browser (HTML).")
+]
+_Accuracy = Annotated[
+    Path | None, typer.Option(metavar="SUMMARY.json", help="Of an evaluation, to stand in the report as well.")
+]
 
 app = typer.Typer(help="Measure speed against the hardware's ceiling.", rich_markup_mode=None)
 
 
 @app.callback()
 def _benchmarks() -> None:
-    """Measure speed against the hardware's ceiling."""
+    """Measure speed against the hardware's ceiling. Every command ends with one line of JSON."""
 
 
 @app.command()
@@ -30,24 +38,45 @@ def ops(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or any other torch device.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     only: Annotated[str | None, typer.Option(help="Measure this op alone.", show_default=False)] = None,
+    shapes: Annotated[
+        str,
+        typer.Option(metavar="MODEL", help="Whose sizes: a preset, bundled name or directory; cases: small ones."),
+    ] = "wemm-chat-2k-cn",
+    seconds: _Seconds = 1.0,
+    csv: _Csv = None,
+    plot: _Plot = None,
+    report: _Report = None,
+    accuracy: _Accuracy = None,
 ) -> None:
-    """Every op and kernel on its cases: median time, achieved GB/s against a copy measured beside it."""
-    from wemm.benchmark.ops import run
+    """Every op and kernel at the sizes of a model: time, and its share of what bandwidth or arithmetic allow.
 
-    run(device, dtype, only)
+    The ceilings (read and copy bandwidth, matrix product) are measured beside the ops.
+
+    Example: wemm bench ops --only rms_norm --shapes nano
+    """
+    from wemm.benchmark.ops import OpsBenchmark, run
+    from wemm.benchmark.report import Outputs, finish
+
+    settings = OpsBenchmark(device, dtype, only, shapes, seconds)
+    outputs = Outputs(csv, plot, report, accuracy)
+    outputs.check()
+    finish([run(settings)], outputs)
 
 
 @app.command()
 @engine_options
 def throughput(
-    requests: _Requests = 16,
+    requests: Annotated[int, typer.Option(min=1, help="Requests.")] = 16,
     image_size: _ImageSize = "640x480",
     images: Annotated[int | None, typer.Option(min=1, help="Different images. Default: one per request.")] = None,
     words: _Words = 12,
     output_len: _OutputLen = 64,
     compare: Annotated[bool, typer.Option(help="Ask the same one after another as well.")] = True,
     workload_seed: _WorkloadSeed = 0,
+    csv: _Csv = None,
     plot: _Plot = None,
+    report: _Report = None,
+    accuracy: _Accuracy = None,
     *,
     engine: EngineConfig,
 ) -> None:
@@ -55,30 +84,105 @@ def throughput(
 
     Example: wemm bench throughput --model nano --requests 16
     """
+    from wemm.benchmark.report import Outputs, finish
     from wemm.benchmark.throughput import run
     from wemm.benchmark.workload import Workload, parse_size
 
     workload = Workload(requests, parse_size(image_size), images or requests, words, workload_seed)
-    run(engine, workload, output_len, compare, plot)
+    outputs = Outputs(csv, plot, report, accuracy)
+    outputs.check()
+    finish([run(engine, workload, output_len, compare)], outputs)
 
 
 @app.command()
 @engine_options
 def latency(
-    requests: _Requests = 10,
+    batch: Annotated[int, typer.Option(min=1, help="Requests under way at once.")] = 1,
+    requests: Annotated[int, typer.Option(min=1, help="Requests, filled up to whole batches.")] = 10,
     image_size: _ImageSize = "640x480",
+    image: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A picture of one's own instead of drawn ones.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="A question of one's own instead of drawn words.")] = None,
     words: _Words = 12,
     output_len: _OutputLen = 64,
     workload_seed: _WorkloadSeed = 0,
+    csv: _Csv = None,
     plot: _Plot = None,
+    report: _Report = None,
+    accuracy: _Accuracy = None,
     *,
     engine: EngineConfig,
 ) -> None:
-    """Seconds per stage of one request at a time, caches off.
+    """Where the time of a request goes, stage by stage, without help from caches and guesses.
+
+    Decode is compared with the read bandwidth, vision and prefill with the matrix product of the same run.
 
     Example: wemm bench latency --model nano --image-size 640x480
     """
     from wemm.benchmark.latency import run
+    from wemm.benchmark.report import Outputs, finish
     from wemm.benchmark.workload import Workload, parse_size
 
-    run(engine, Workload(requests, parse_size(image_size), requests, words, workload_seed), output_len, plot)
+    whole = -(-requests // batch) * batch
+    workload = Workload(whole, parse_size(image_size), whole, words, workload_seed, image, prompt)
+    outputs = Outputs(csv, plot, report, accuracy)
+    outputs.check()
+    finish([run(engine, workload, output_len, batch)], outputs)
+
+
+@app.command()
+@config_options(ServeBenchmark, "settings")
+def serve(
+    csv: _Csv = None,
+    plot: _Plot = None,
+    report: _Report = None,
+    accuracy: _Accuracy = None,
+    *,
+    settings: ServeBenchmark,
+) -> None:
+    """A running endpoint that speaks OpenAI's protocol, ours or another's, under requests at given rates.
+
+    Example: wemm bench serve --base-url http://127.0.0.1:8000/v1 --request-rate 1,2,4
+    """
+    from wemm.benchmark.report import Outputs, finish
+    from wemm.benchmark.serve import run
+    from wemm.progress import terminal_bar
+
+    outputs = Outputs(csv, plot, report, accuracy)
+    outputs.check()
+    finish([run(settings, terminal_bar)], outputs)
+
+
+@app.command("all")
+@engine_options
+def everything(
+    requests: Annotated[int, typer.Option(min=1, help="Requests of each benchmark.")] = 10,
+    image_size: _ImageSize = "640x480",
+    output_len: _OutputLen = 64,
+    seconds: _Seconds = 1.0,
+    workload_seed: _WorkloadSeed = 0,
+    report: _Report = None,
+    accuracy: _Accuracy = None,
+    *,
+    engine: EngineConfig,
+) -> None:
+    """Latency, throughput and every op at the model's sizes, in one report.
+
+    Example: wemm bench all --model nano --report speed.html
+    """
+    from wemm.benchmark import latency, ops, throughput
+    from wemm.benchmark.report import Outputs, finish
+    from wemm.benchmark.result import run_dtype
+    from wemm.benchmark.workload import Workload, parse_size
+
+    outputs = Outputs(report=report, accuracy=accuracy)
+    outputs.check()
+    workload = Workload(requests, parse_size(image_size), requests, 12, workload_seed)
+    settings = ops.OpsBenchmark(engine.device, run_dtype(engine), None, engine.model, seconds)
+    results = [
+        latency.run(engine, workload, output_len, 1),
+        throughput.run(engine, workload, output_len, True),
+        ops.run(settings),
+    ]
+    finish(results, outputs)

@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from wemm.ops.registry import Inputs, op
+from wemm.ops.registry import Inputs, LazyCases, ModelShapes, op, tensor_bytes
 
 _BLOCK_SIZE = 16
 _SEQS_PER_CALL = 16
 
 
-def _cases(inputs: Inputs) -> Mapping[str, tuple[Any, ...]]:
-    def case(*lengths: int, num_kv_heads: int = 2, group: int = 4) -> tuple[Any, ...]:
-        num_blocks = [-(-length // _BLOCK_SIZE) for length in lengths]
-        order = inputs.permutation(sum(num_blocks)).tolist()
-        tables = [[order.pop() for _ in range(n)] + [0] * (max(num_blocks) - n) for n in num_blocks]
-        cache_shape = (sum(num_blocks), _BLOCK_SIZE, num_kv_heads, 128)
-        return (
-            inputs.normal(len(lengths), num_kv_heads * group, 128),
-            inputs.normal(*cache_shape),
-            inputs.normal(*cache_shape),
-            inputs.int32(tables),
-            inputs.int32(lengths),
-            128**-0.5,
-        )
+def _case(
+    inputs: Inputs, *lengths: int, num_kv_heads: int = 2, group: int = 4, head_dim: int = 128
+) -> tuple[Any, ...]:
+    num_blocks = [-(-length // _BLOCK_SIZE) for length in lengths]
+    order = inputs.permutation(sum(num_blocks)).tolist()
+    tables = [[order.pop() for _ in range(n)] + [0] * (max(num_blocks) - n) for n in num_blocks]
+    cache_shape = (sum(num_blocks), _BLOCK_SIZE, num_kv_heads, head_dim)
+    return (
+        inputs.normal(len(lengths), num_kv_heads * group, head_dim),
+        inputs.normal(*cache_shape),
+        inputs.normal(*cache_shape),
+        inputs.int32(tables),
+        inputs.int32(lengths),
+        head_dim**-0.5,
+    )
 
+
+def _cases(inputs: Inputs) -> Mapping[str, tuple[Any, ...]]:
+    case = partial(_case, inputs)
     return {
         "one sequence": case(300),
         "mixed lengths": case(1, 17, 160),
@@ -37,7 +42,40 @@ def _cases(inputs: Inputs) -> Mapping[str, tuple[Any, ...]]:
     }
 
 
-@op(_cases)
+def _model_cases(inputs: Inputs, shapes: ModelShapes) -> LazyCases:
+    text, length = shapes.config.text, shapes.num_prompt_tokens
+    heads = text.num_key_value_heads
+    sizes = {"num_kv_heads": heads, "group": text.num_attention_heads // heads, "head_dim": text.head_dim}
+    return {
+        f"decode {n}, context {length}": partial(_case, inputs, *[length] * n, **sizes)
+        for n in shapes.decode_batches
+    }
+
+
+def _flops(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+) -> int:
+    return 4 * int(seq_lens.sum()) * query.shape[1] * query.shape[2]
+
+
+def _moved_bytes(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+) -> int:
+    per_token = tensor_bytes((key_cache[0, 0], value_cache[0, 0]))
+    return 2 * tensor_bytes(query) + tensor_bytes((block_tables, seq_lens)) + int(seq_lens.sum()) * per_token
+
+
+@op(_cases, model_cases=_model_cases, flops=_flops, moved_bytes=_moved_bytes)
 def decode_attention(
     query: torch.Tensor,
     key_cache: torch.Tensor,

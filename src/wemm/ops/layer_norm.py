@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from wemm.ops.registry import Inputs, op
+from wemm.ops.registry import Inputs, LazyCases, ModelShapes, op
 
 
 def _cases(inputs: Inputs) -> Mapping[str, tuple[Any, ...]]:
@@ -18,7 +18,21 @@ def _cases(inputs: Inputs) -> Mapping[str, tuple[Any, ...]]:
     }
 
 
-@op(_cases)
+def _model_cases(inputs: Inputs, shapes: ModelShapes) -> LazyCases:
+    vision = shapes.config.vision
+
+    def case() -> tuple[Any, ...]:
+        weight, bias = inputs.normal(vision.hidden_size), inputs.normal(vision.hidden_size)
+        return inputs.normal(shapes.num_patches, vision.hidden_size), weight, bias, vision.layer_norm_eps
+
+    return {f"tower {shapes.num_patches}": case}
+
+
+def _flops(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> int:
+    return 7 * x.numel()  # mean, centre, square, sum, scale, weight, bias
+
+
+@op(_cases, model_cases=_model_cases, flops=_flops)
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension, in float32.
 

@@ -3,37 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from itertools import groupby
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from wemm.ops.registry import Inputs, op
+from wemm.ops.registry import Inputs, LazyCases, ModelShapes, op, tensor_bytes
 
 _BLOCK_SIZE = 16
 
 
-def _cases(inputs: Inputs) -> Mapping[str, tuple[Any, ...]]:
-    def case(*spans: tuple[int, int], num_kv_heads: int = 2, group: int = 4) -> tuple[Any, ...]:
-        # (tokens computed before, new tokens) per sequence
-        num_blocks = [-(-(before + new) // _BLOCK_SIZE) for before, new in spans]
-        order = inputs.permutation(sum(num_blocks)).tolist()
-        tables = [[order.pop() for _ in range(n)] + [0] * (max(num_blocks) - n) for n in num_blocks]
-        cache_shape = (sum(num_blocks), _BLOCK_SIZE, num_kv_heads, 64)
-        bounds = [0]
-        for _, new in spans:
-            bounds.append(bounds[-1] + new)
-        return (
-            inputs.normal(bounds[-1], num_kv_heads * group, 64),
-            inputs.normal(*cache_shape),
-            inputs.normal(*cache_shape),
-            inputs.int32(tables),
-            inputs.int32(bounds),
-            inputs.int32([before + new for before, new in spans]),
-            64**-0.5,
-        )
+def _case(
+    inputs: Inputs, *spans: tuple[int, int], num_kv_heads: int = 2, group: int = 4, head_dim: int = 64
+) -> tuple[Any, ...]:
+    # (tokens computed before, new tokens) per sequence
+    num_blocks = [-(-(before + new) // _BLOCK_SIZE) for before, new in spans]
+    order = inputs.permutation(sum(num_blocks)).tolist()
+    tables = [[order.pop() for _ in range(n)] + [0] * (max(num_blocks) - n) for n in num_blocks]
+    cache_shape = (sum(num_blocks), _BLOCK_SIZE, num_kv_heads, head_dim)
+    bounds = [0]
+    for _, new in spans:
+        bounds.append(bounds[-1] + new)
+    return (
+        inputs.normal(bounds[-1], num_kv_heads * group, head_dim),
+        inputs.normal(*cache_shape),
+        inputs.normal(*cache_shape),
+        inputs.int32(tables),
+        inputs.int32(bounds),
+        inputs.int32([before + new for before, new in spans]),
+        head_dim**-0.5,
+    )
 
+
+def _cases(inputs: Inputs) -> Mapping[str, tuple[Any, ...]]:
+    case = partial(_case, inputs)
     return {
         "one prompt": case((0, 200)),
         "two prompts": case((0, 33), (0, 16)),
@@ -43,7 +48,46 @@ def _cases(inputs: Inputs) -> Mapping[str, tuple[Any, ...]]:
     }
 
 
-@op(_cases)
+def _model_cases(inputs: Inputs, shapes: ModelShapes) -> LazyCases:
+    text, length = shapes.config.text, shapes.num_prompt_tokens
+    heads = text.num_key_value_heads
+    sizes = {"num_kv_heads": heads, "group": text.num_attention_heads // heads, "head_dim": text.head_dim}
+    half = length // 2
+    return {
+        f"prefill {length}": partial(_case, inputs, (0, length), **sizes),
+        f"chunk of {length - half} after {half}": partial(_case, inputs, (half, length - half), **sizes),
+    }
+
+
+def _flops(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+) -> int:
+    spans = zip(cu_seqlens_q.diff().tolist(), seq_lens.tolist(), strict=True)
+    num_pairs = sum(new * (2 * length - new + 1) // 2 for new, length in spans)  # causal
+    return 4 * num_pairs * query.shape[1] * query.shape[2]
+
+
+def _moved_bytes(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+) -> int:
+    per_token = tensor_bytes((key_cache[0, 0], value_cache[0, 0]))
+    small = tensor_bytes((block_tables, cu_seqlens_q, seq_lens))
+    return 2 * tensor_bytes(query) + small + int(seq_lens.sum()) * per_token
+
+
+@op(_cases, model_cases=_model_cases, flops=_flops, moved_bytes=_moved_bytes)
 def prefill_attention(
     query: torch.Tensor,
     key_cache: torch.Tensor,

@@ -1,6 +1,6 @@
 """Ops, the kernels attached to them, and the tolerance each must meet.
 
-@op(cases=_cases)                       # ops/rms_norm.py: the definition
+@op(cases=_cases, model_cases=_model_cases, flops=_flops)    # ops/rms_norm.py: the definition
 def rms_norm(x, weight, eps): ...
 
 @rms_norm.impl("cpp", device="cpu", supports=_supports)      # kernels/cpu/rms_norm.py
@@ -17,6 +17,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 
+from wemm.config import ModelConfig, PloraConfig
 from wemm.errors import ParameterError
 
 P = ParamSpec("P")
@@ -75,6 +76,31 @@ Cases = Callable[[Inputs], Mapping[str, tuple[Any, ...]]]
 
 
 @dataclass(frozen=True)
+class ModelShapes:
+    """The sizes at which one model meets its ops: one large image, a question, several answers."""
+
+    config: ModelConfig
+    plora: PloraConfig | None
+    num_patches: int
+    """Of the image."""
+    num_image_tokens: int
+    num_prompt_tokens: int
+    """Of image and question together; also the context of every decoding sequence."""
+    decode_batches: tuple[int, ...] = (1, 4, 16)
+
+
+LazyCases = Mapping[str, Callable[[], tuple[Any, ...]]]
+"""Case name → what makes its positional arguments: some are gigabytes, so none is made before its turn."""
+ModelCases = Callable[[Inputs, ModelShapes], LazyCases]
+
+
+def tensor_bytes(values: Any) -> int:
+    """Bytes of a tensor, or of all tensors of a tuple."""
+    tensors = values if isinstance(values, tuple) else (values,)
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+
+
+@dataclass(frozen=True)
 class Implementation(Generic[P, R]):
     """One kernel: where it runs, and which arguments it takes."""
 
@@ -88,12 +114,21 @@ class Op(Generic[P, R]):
     """A named operation. Calling it runs the first attached kernel that supports the arguments."""
 
     def __init__(
-        self, definition: Callable[P, R], cases: Cases, tolerances: Mapping[torch.dtype, Tolerance]
+        self,
+        definition: Callable[P, R],
+        cases: Cases,
+        tolerances: Mapping[torch.dtype, Tolerance],
+        model_cases: ModelCases = lambda inputs, shapes: {},
+        flops: Callable[P, int] | None = None,
+        moved_bytes: Callable[P, int] | None = None,
     ) -> None:
         self.name = definition.__name__
         self.definition = definition
         self.cases = cases
+        self.model_cases = model_cases
         self.tolerances = {**TOLERANCES, **tolerances}
+        self._flops = flops
+        self._moved_bytes = moved_bytes
         self.implementations: list[Implementation[P, R]] = []
         self._requested: str | None = None
         self._logged: set[str] = set()
@@ -102,6 +137,14 @@ class Op(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the chosen kernel or the definition."""
         return self._choose(*args, **kwargs)(*args, **kwargs)
+
+    def work(self, arguments: tuple[Any, ...], result: R) -> tuple[int, int]:
+        """(FLOPs, bytes that must move) of a call, whichever implementation ran."""
+        count_flops: Any = self._flops
+        count_bytes: Any = self._moved_bytes
+        flops = count_flops(*arguments) if count_flops else 0
+        moved = count_bytes(*arguments) if count_bytes else tensor_bytes(arguments) + tensor_bytes(result)
+        return flops, moved
 
     def _choose(self, *args: P.args, **kwargs: P.kwargs) -> Callable[P, R]:
         # Kernels have no backward: training runs the definitions.
@@ -148,16 +191,23 @@ OPS: dict[str, Op[Any, Any]] = {}
 
 
 def op(
-    cases: Cases, tolerances: Mapping[torch.dtype, Tolerance] | None = None
+    cases: Cases,
+    tolerances: Mapping[torch.dtype, Tolerance] | None = None,
+    *,
+    model_cases: ModelCases = lambda inputs, shapes: {},
+    flops: Callable[..., int] | None = None,
+    moved_bytes: Callable[..., int] | None = None,
 ) -> Callable[[Callable[P, R]], Op[P, R]]:
     """Declare the decorated plain-torch function as an op.
 
-    `cases` makes arguments for the parity test and the benchmark; an op that writes into its
-    arguments returns them. `tolerances` override the table where the op's arithmetic asks for it.
+    `cases` makes arguments for the parity test; an op that writes into its arguments returns them.
+    `tolerances` override the table where the op's arithmetic asks for it. For the benchmark, `model_cases`
+    makes arguments of a model's sizes, `flops` counts a call's additions and multiplications (default: none
+    worth counting), and `moved_bytes` its traffic where that is not every tensor read and the result written.
     """
 
     def declare(definition: Callable[P, R]) -> Op[P, R]:
-        declared = Op(definition, cases, tolerances or {})
+        declared = Op(definition, cases, tolerances or {}, model_cases, flops, moved_bytes)
         OPS[declared.name] = declared
         return declared
 

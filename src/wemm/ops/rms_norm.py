@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
-from wemm.ops.registry import Inputs, op
+from wemm.ops.registry import Inputs, LazyCases, ModelShapes, op
 
 
 def _cases(inputs: Inputs) -> Mapping[str, tuple[Any, ...]]:
@@ -19,7 +20,21 @@ def _cases(inputs: Inputs) -> Mapping[str, tuple[Any, ...]]:
     }
 
 
-@op(_cases)
+def _model_cases(inputs: Inputs, shapes: ModelShapes) -> LazyCases:
+    text = shapes.config.text
+
+    def case(rows: int) -> tuple[Any, ...]:
+        return inputs.normal(rows, text.hidden_size), inputs.normal(text.hidden_size), text.rms_norm_eps
+
+    prefill = {f"prefill {shapes.num_prompt_tokens}": partial(case, shapes.num_prompt_tokens)}
+    return {**{f"decode {n}": partial(case, n) for n in shapes.decode_batches}, **prefill}
+
+
+def _flops(x: torch.Tensor, weight: torch.Tensor, eps: float) -> int:
+    return 4 * x.numel()
+
+
+@op(_cases, model_cases=_model_cases, flops=_flops)
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32.
 

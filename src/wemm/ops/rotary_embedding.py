@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
-from wemm.ops.registry import Inputs, op
+from wemm.ops.registry import Inputs, LazyCases, ModelShapes, op
 
 
 def _cases(inputs: Inputs) -> Mapping[str, tuple[Any, ...]]:
@@ -18,7 +19,26 @@ def _cases(inputs: Inputs) -> Mapping[str, tuple[Any, ...]]:
     }
 
 
-@op(_cases)
+def _model_cases(inputs: Inputs, shapes: ModelShapes) -> LazyCases:
+    text = shapes.config.text
+
+    def case(rows: int, heads: int) -> tuple[Any, ...]:
+        angle = torch.pi * inputs.float32(rows, text.head_dim // 2)
+        return inputs.normal(rows, heads, text.head_dim), angle.cos(), angle.sin()
+
+    rows = shapes.num_prompt_tokens
+    return {
+        **{f"query, decode {n}": partial(case, n, text.num_attention_heads) for n in shapes.decode_batches},
+        f"query, prefill {rows}": partial(case, rows, text.num_attention_heads),
+        f"key, prefill {rows}": partial(case, rows, text.num_key_value_heads),
+    }
+
+
+def _flops(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> int:
+    return 3 * x.numel()
+
+
+@op(_cases, model_cases=_model_cases, flops=_flops)
 def rotary_embedding(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate the pairs (i, i + head_dim/2) of every head by the token's angles, in float32.
 

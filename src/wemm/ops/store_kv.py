@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
-from wemm.ops.registry import Inputs, op
+from wemm.ops.registry import Inputs, LazyCases, ModelShapes, op, tensor_bytes
+
+_BLOCK_SIZE = 16
 
 
 def _cases(inputs: Inputs) -> Mapping[str, tuple[Any, ...]]:
@@ -21,7 +24,34 @@ def _cases(inputs: Inputs) -> Mapping[str, tuple[Any, ...]]:
     }
 
 
-@op(_cases)
+def _model_cases(inputs: Inputs, shapes: ModelShapes) -> LazyCases:
+    text = shapes.config.text
+
+    def case(rows: int, num_tokens: int) -> tuple[Any, ...]:
+        num_blocks = -(-num_tokens // _BLOCK_SIZE)
+        new = rows, text.num_key_value_heads, text.head_dim
+        cache = num_blocks, _BLOCK_SIZE, text.num_key_value_heads, text.head_dim
+        slots = inputs.permutation(num_blocks * _BLOCK_SIZE)[:rows]
+        return inputs.normal(*new), inputs.normal(*new), inputs.normal(*cache), inputs.normal(*cache), slots
+
+    length = shapes.num_prompt_tokens
+    return {
+        **{f"decode {n}": partial(case, n, n * length) for n in shapes.decode_batches},
+        f"prefill {length}": partial(case, length, length),
+    }
+
+
+def _moved_bytes(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> int:
+    return 2 * tensor_bytes((key, value)) + tensor_bytes(slot_mapping)  # read here, written there
+
+
+@op(_cases, model_cases=_model_cases, moved_bytes=_moved_bytes)
 def store_kv(
     key: torch.Tensor,
     value: torch.Tensor,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from wemm.ops.registry import Inputs, op
+from wemm.ops.registry import Inputs, LazyCases, ModelShapes, op
 
 
 def _cases(inputs: Inputs) -> Mapping[str, tuple[Any, ...]]:
@@ -28,7 +28,25 @@ def _cases(inputs: Inputs) -> Mapping[str, tuple[Any, ...]]:
     }
 
 
-@op(_cases)
+def _model_cases(inputs: Inputs, shapes: ModelShapes) -> LazyCases:
+    vision = shapes.config.vision
+
+    def case() -> tuple[Any, ...]:
+        shape = shapes.num_patches, vision.num_attention_heads, vision.head_dim
+        query, key, value = (inputs.normal(*shape) for _ in range(3))
+        return query, key, value, inputs.int32([0, shapes.num_patches]), vision.head_dim**-0.5
+
+    return {f"tower {shapes.num_patches}": case}
+
+
+def _flops(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
+) -> int:
+    num_pairs = sum(length**2 for length in cu_seqlens.diff().tolist())
+    return 4 * num_pairs * query.shape[1] * query.shape[2]  # two products; softmax is not counted
+
+
+@op(_cases, model_cases=_model_cases, flops=_flops)
 def vision_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
 ) -> torch.Tensor:
