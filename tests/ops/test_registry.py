@@ -45,6 +45,16 @@ def test_a_requested_kernel_never_falls_back():
         pass
 
 
+def test_a_kernel_that_is_slower_here_runs_only_on_request():
+    op = _op()
+    op.implementations.clear()
+    op.impl("slow", device="cpu", supports=lambda x: True, automatic=False)(lambda x: x * 2 + 100)
+    with torch.inference_mode():
+        assert op(torch.ones(1)).item() == 2
+        with op.using("slow"):
+            assert op(torch.ones(1)).item() == 102
+
+
 def test_the_definition_can_be_requested():
     op = _op()
     with torch.inference_mode():

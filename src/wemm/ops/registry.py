@@ -108,6 +108,8 @@ class Implementation(Generic[P, R]):
     device: str
     function: Callable[P, R]
     supports: Callable[P, bool]
+    automatic: bool = True
+    """False: it loses to the definition on this machine, and runs only where it is asked for."""
 
 
 class Op(Generic[P, R]):
@@ -152,7 +154,8 @@ class Op(Generic[P, R]):
             return self.definition
         device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
         for candidate in self.implementations:
-            wanted = self._requested in (None, candidate.name) and candidate.device == device
+            wanted = candidate.automatic if self._requested is None else candidate.name == self._requested
+            wanted = wanted and candidate.device == device
             if wanted and candidate.supports(*args, **kwargs):
                 if candidate.name not in self._logged:
                     self._logged.add(candidate.name)
@@ -163,12 +166,15 @@ class Op(Generic[P, R]):
         return self.definition
 
     def impl(
-        self, name: str, device: str, supports: Callable[P, bool]
+        self, name: str, device: str, supports: Callable[P, bool], automatic: bool = True
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-        """Attach a kernel for a device type; `supports` takes the op's own arguments."""
+        """Attach a kernel for a device type; `supports` takes the op's own arguments.
+
+        One that is not `automatic` runs inside `using` only.
+        """
 
         def attach(function: Callable[P, R]) -> Callable[P, R]:
-            self.implementations.append(Implementation(name, device, function, supports))
+            self.implementations.append(Implementation(name, device, function, supports, automatic))
             return function
 
         return attach

@@ -6,6 +6,9 @@ import importlib.util
 import logging
 
 if importlib.util.find_spec("wemm.kernels.cpu._kernels") is not None:
-    from wemm.kernels.cpu import rms_norm  # noqa: F401 - attaches itself
+    from wemm.kernels.cpu import _kernels, rms_norm  # noqa: F401 - each module attaches itself
+
+    if _kernels.has_avx512_bf16():
+        from wemm.kernels.cpu import prefill_attention, vision_attention  # noqa: F401
 else:
     logging.getLogger(__name__).info("C++ extension not built: CPU ops run their definitions")

@@ -7,4 +7,19 @@ namespace wemm {
 
 void rms_norm(const TensorArgument& x, const TensorArgument& weight, float eps, const TensorArgument& out);
 
+// bounds: cu_seqlens.
+void vision_attention(const TensorArgument& query, const TensorArgument& key, const TensorArgument& value,
+                      const std::vector<std::int64_t>& bounds, float scale, const TensorArgument& out);
+
+// tables, bounds, seq_lens: block_tables, cu_seqlens_q, seq_lens of the sequences.
+void prefill_attention(const TensorArgument& query, const TensorArgument& key_cache, const TensorArgument& value_cache,
+                       const std::vector<std::vector<std::int64_t>>& tables, const std::vector<std::int64_t>& bounds,
+                       const std::vector<std::int64_t>& seq_lens, float scale, const TensorArgument& out);
+
+// True if the attention kernels can run on this machine.
+bool has_avx512_bf16();
+
+// True if torch's own products run on matrix tiles, which these kernels do not use.
+bool has_amx_bf16();
+
 }  // namespace wemm

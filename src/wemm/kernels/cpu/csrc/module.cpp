@@ -10,4 +10,11 @@ NB_MODULE(_kernels, m) {
   m.doc() = "C++ kernels of wemm.ops for the CPU; called through wemm.kernels.cpu only.";
   m.def("rms_norm", &wemm::rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"), nb::arg("out"),
         nb::call_guard<nb::gil_scoped_release>());
+  m.def("vision_attention", &wemm::vision_attention, nb::arg("query"), nb::arg("key"), nb::arg("value"),
+        nb::arg("cu_seqlens"), nb::arg("scale"), nb::arg("out"), nb::call_guard<nb::gil_scoped_release>());
+  m.def("prefill_attention", &wemm::prefill_attention, nb::arg("query"), nb::arg("key_cache"), nb::arg("value_cache"),
+        nb::arg("block_tables"), nb::arg("cu_seqlens_q"), nb::arg("seq_lens"), nb::arg("scale"), nb::arg("out"),
+        nb::call_guard<nb::gil_scoped_release>());
+  m.def("has_avx512_bf16", &wemm::has_avx512_bf16);
+  m.def("has_amx_bf16", &wemm::has_amx_bf16);
 }

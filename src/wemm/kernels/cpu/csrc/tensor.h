@@ -76,6 +76,17 @@ class Contract {
     return *this;
   }
 
+  void require(bool holds, const char* rule) const {
+    if (!holds) throw std::invalid_argument(kernel_ + " " + rule);
+  }
+
+  // Bounds of packed sequences: from 0 to `total`, never falling.
+  void require_bounds(const char* name, const std::vector<std::int64_t>& bounds, std::int64_t total) const {
+    bool rises = !bounds.empty() && bounds.front() == 0 && bounds.back() == total;
+    for (std::size_t i = 1; i < bounds.size(); ++i) rises = rises && bounds[i - 1] <= bounds[i];
+    if (!rises) fail(name, "must rise from 0 to " + std::to_string(total));
+  }
+
   std::int64_t operator[](const char* dim) const { return lengths_.at(dim); }
 
  private:

@@ -1,0 +1,39 @@
+"""The flash attention of vision_attention.py, causal and over the paged cache."""
+
+from __future__ import annotations
+
+import torch
+
+from wemm.kernels.cpu import _kernels
+from wemm.kernels.cpu.tensors import as_argument
+from wemm.kernels.cpu.vision_attention import AUTOMATIC, takes
+from wemm.ops.prefill_attention import prefill_attention
+
+
+def _supports(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+) -> bool:
+    return takes(query) and takes(key_cache) and takes(value_cache)
+
+
+@prefill_attention.impl("cpp", device="cpu", supports=_supports, automatic=AUTOMATIC)
+def _(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    out = torch.empty_like(query)
+    q, keys, values = as_argument(query), as_argument(key_cache), as_argument(value_cache)
+    tables, bounds, lengths = block_tables.tolist(), cu_seqlens_q.tolist(), seq_lens.tolist()
+    _kernels.prefill_attention(q, keys, values, tables, bounds, lengths, scale, as_argument(out))
+    return out

@@ -1,0 +1,35 @@
+"""Flash attention on AVX-512 with BF16: scores never leave the registers."""
+
+from __future__ import annotations
+
+import torch
+
+from wemm.kernels.cpu import _kernels
+from wemm.kernels.cpu.tensors import as_argument
+from wemm.ops.vision_attention import vision_attention
+
+MAX_HEAD_DIM = 256
+AUTOMATIC = not _kernels.has_amx_bf16()
+"""On matrix tiles torch's attention is faster: docs/performance.md."""
+
+
+def _supports(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
+) -> bool:
+    return takes(query) and takes(key) and takes(value)
+
+
+def takes(x: torch.Tensor) -> bool:
+    """Dtype, layout and head_dim of queries, keys, values or their cache."""
+    head_dim = x.shape[-1]
+    return x.dtype is torch.bfloat16 and x.is_contiguous() and head_dim % 2 == 0 and head_dim <= MAX_HEAD_DIM
+
+
+@vision_attention.impl("cpp", device="cpu", supports=_supports, automatic=AUTOMATIC)
+def _(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
+) -> torch.Tensor:
+    out = torch.empty_like(query)
+    q, k, v = as_argument(query), as_argument(key), as_argument(value)
+    _kernels.vision_attention(q, k, v, cu_seqlens.tolist(), scale, as_argument(out))
+    return out
