@@ -24,7 +24,6 @@ from rich.table import Table
 from training.held_out import SETS, Item, held_out_items
 from training.tasks import LANGUAGES
 from wemm import LLM, SamplingParams
-from wemm.engine.model_runner import ModelRunner
 from wemm.evaluation.metrics.interval import wilson_interval
 from wemm.progress import terminal_bar
 
@@ -85,9 +84,7 @@ def shuffle_visual_tokens(llm: LLM) -> None:
     def shuffle(module: torch.nn.Module, arguments: Any, tokens: torch.Tensor) -> torch.Tensor:
         return tokens[torch.randperm(len(tokens), generator=generator)]
 
-    runner = llm._open.engine._runner
-    assert isinstance(runner, ModelRunner)
-    runner._model.downsampler.register_forward_hook(shuffle)
+    llm.model.downsampler.register_forward_hook(shuffle)
 
 
 def evaluate(model: str, count: int, damaged_count: int, options: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from wemm.checkpoint.adapter import configured_plora
 from wemm.checkpoint.checkpoint import read_config
 from wemm.checkpoint.shards import INDEX_NAME
 from wemm.checkpoint.weight_map import expected_tensors, plora_linears
+from wemm.doctor.files import record_hashes
+from wemm.progress import silent
 
 SHARD_NAME = "model-00001-of-00001.safetensors"
 
@@ -44,6 +46,7 @@ def export(state_file: Path, directory: Path) -> str:
         "weight_map": dict.fromkeys(sorted(tensors), SHARD_NAME),
     }
     (directory / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    record_hashes(directory, silent)
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

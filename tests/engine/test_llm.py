@@ -400,7 +400,7 @@ def test_nan_names_its_stage_and_spares_the_others(ask, golden_images):
 
     with LLM("tiny", dtype="float32", device="cpu") as llm:
         expected = _ids(llm.chat(ask("hi"), params))
-        model = llm._open.engine._runner._model
+        model = llm.model
         poison(model, "downsampler.conv.weight")
         with pytest.raises(NumericalError, match="stage 'downsampler' computed in float32"):
             llm.chat([ask("hi"), picture], params)
@@ -442,7 +442,7 @@ def test_nan_in_one_row_of_a_batch(ask):
 def test_fp16_overflow_is_not_an_answer(ask, golden_images):
     """The classic failure of float16 towers: weights that overflow give an error, never `!!!!`."""
     with LLM("tiny", dtype="float16", device="cpu") as llm:
-        llm._open.engine._runner._model.vision_tower.encoder.layers[0].mlp.fc2.weight.data.fill_(6e4)
+        llm.model.vision_tower.encoder.layers[0].mlp.fc2.weight.data.fill_(6e4)
         with pytest.raises(NumericalError, match="'vision_tower' computed in float16; try --dtype bfloat16"):
             llm.chat(ask("hi", golden_images / "1x1.png"))
 

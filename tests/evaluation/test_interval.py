@@ -7,18 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.tasks import interval
 from wemm.errors import ParameterError
 from wemm.evaluation.metrics.interval import wilson_interval
 
 totals = st.integers(1, 10**7)
 shares = st.floats(0, 1)
-
-
-@given(totals.flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total))))
-def test_right_answers_have_the_interval_of_the_tables_of_training(counts):
-    correct, total = counts
-    assert wilson_interval(correct / total, total) == interval(correct, total)
 
 
 def test_a_value_of_the_textbooks():
@@ -28,7 +21,6 @@ def test_a_value_of_the_textbooks():
 
 def test_no_question_says_nothing():
     assert wilson_interval(0, 0) == (0, 1)
-    assert interval(0, 0) == (0, 1)
 
 
 @given(shares, totals)

@@ -56,7 +56,7 @@ def test_linear_rope_scaling_divides_positions():
 
 def test_logits_are_float32_whatever_the_dtype():
     with LLM("tiny", dtype="bfloat16", device="cpu") as llm:
-        model = llm._open.engine._runner._model
+        model = llm.model
         with torch.inference_mode():
             assert model.compute_logits(torch.zeros(1, 128, dtype=torch.bfloat16)).dtype is torch.float32
 

@@ -139,7 +139,7 @@ def test_an_exported_run_is_a_complete_checkpoint(run, tmp_path, ask):
     assert "language_model.model.layers.0.attention.wqkv.original_linear.weight" in names
     trained = torch.load(run / "state.pt", weights_only=True)["trainee"]
     with LLM(str(directory), dtype="float32", device="cpu") as llm:
-        loaded = llm._open.engine._runner._model.state_dict()
+        loaded = llm.model.state_dict()
         assert {f"model.{name}" for name in loaded} == {name for name in trained if name.startswith("model.")}
         for name, value in loaded.items():
             assert torch.equal(value, trained[f"model.{name}"].half().float()), name

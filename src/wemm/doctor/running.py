@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from wemm.config import EngineConfig, ModelConfig
 from wemm.doctor.canaries import CANARIES, conversation
@@ -12,7 +11,6 @@ from wemm.doctor.check import FAIL, Check
 from wemm.doctor.stages import Ranges, Recording, observed
 from wemm.engine.llm import LLM
 from wemm.errors import CheckpointError, EngineError, InsufficientMemoryError, WemmError
-from wemm.model.wemm import WemmModel
 from wemm.processing.chat_template import Message
 from wemm.progress import ProgressBar
 from wemm.request import SamplingParams
@@ -72,20 +70,13 @@ def _watch(llm: LLM, messages: Sequence[Message], max_tokens: int) -> EngineRun:
     recording, ranges, error = Recording(), Ranges(), None
     token_ids: tuple[int, ...] = ()
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0, repetition_guard=False)
-    with observed(_leading_model(llm), recording.take, ranges):
+    with observed(llm.model, recording.take, ranges):
         try:
             for output in llm.stream_chat(messages, params):
                 token_ids = tuple(output.outputs[0].token_ids)
         except EngineError as refused:
             error = refused
     return EngineRun(token_ids, recording, ranges, error, ())
-
-
-def _leading_model(llm: LLM) -> WemmModel:
-    """Of the only rank, or of the first of many: what leaves a layer is whole on every rank."""
-    runner: Any = llm._open.engine._runner
-    model: WemmModel = getattr(runner, "_runner", runner)._model
-    return model
 
 
 def _answers(llm: LLM, config: ModelConfig, progress: ProgressBar) -> list[str]:

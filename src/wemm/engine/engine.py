@@ -17,6 +17,7 @@ from wemm.engine.scheduler import Limits, ScheduledSequence, Scheduler, VisionSl
 from wemm.engine.sequence import Request, Sequence
 from wemm.engine.speculation import Speculator
 from wemm.errors import EngineError, RankError, RequestTimeoutError, StepError, StructuredOutputError, WemmError
+from wemm.model.wemm import WemmModel
 from wemm.processing.tokenizer import Tokenizer
 from wemm.request import CompletionOutput, Logprob, RequestOutput
 
@@ -91,6 +92,11 @@ class Engine:
         self._num_steps = 0
         self._num_computed_tokens = 0
         self._num_computed_image_tokens = 0
+
+    @property
+    def model(self) -> WemmModel:
+        """Rank 0's."""
+        return self._runner.model
 
     @property
     def num_unfinished(self) -> int:

@@ -19,6 +19,7 @@ from wemm.engine.intake import Intake, Process, process_text_or_ids
 from wemm.engine.sequence import Request
 from wemm.engine.structured import GrammarCompiler
 from wemm.errors import EngineError, ParameterError, PromptError, WemmError
+from wemm.model.wemm import WemmModel
 from wemm.processing.chat_template import Message
 from wemm.processing.processor import ProcessedPrompt
 from wemm.progress import Advance, ProgressBar, silent
@@ -149,6 +150,11 @@ class LLM:
     def stats(self) -> EngineStats:
         """What the engine holds and has done."""
         return self._open.engine.stats
+
+    @property
+    def model(self) -> WemmModel:
+        """The network, of rank 0, to be watched by hooks; what it holds belongs to the engine."""
+        return self._open.engine.model
 
     @property
     def max_model_len(self) -> int:

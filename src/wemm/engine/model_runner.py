@@ -23,6 +23,10 @@ class Runner(Protocol):
     """What the engine asks of one rank or of many."""
 
     @property
+    def model(self) -> WemmModel:
+        """Of the only rank, or of the first of many: what leaves a layer is whole on every rank."""
+
+    @property
     def device(self) -> torch.device:
         """Where logits lie."""
 
@@ -61,6 +65,11 @@ class ModelRunner:
         )
         self._visual_embeds: dict[str, torch.Tensor] = {}
         self._encoding: tuple[ImageBatch, torch.Tensor] | None = None
+
+    @property
+    def model(self) -> WemmModel:
+        """This rank's."""
+        return self._model
 
     @property
     def device(self) -> torch.device:

@@ -32,6 +32,7 @@ from wemm.engine.model_input import ModelInput
 from wemm.engine.model_runner import ModelRunner
 from wemm.engine.scheduler import VisionSlice
 from wemm.errors import NumericalError, ParameterError, RankError
+from wemm.model.wemm import WemmModel
 
 _HOST = "127.0.0.1"
 _STOP = "stop"
@@ -152,6 +153,11 @@ class LeaderRunner:
         self._group = group
         self._followers = followers
         self._failure: str | None = None
+
+    @property
+    def model(self) -> WemmModel:
+        """Rank 0's."""
+        return self._runner.model
 
     @property
     def device(self) -> torch.device:
