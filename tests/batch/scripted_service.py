@@ -78,8 +78,13 @@ def scripted_service() -> Iterator[ScriptedService]:
         def log_message(self, *arguments: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """A client that hung up is part of the tests."""
+
+    server = Server(("127.0.0.1", 0), Handler)
     service = ScriptedService(f"http://127.0.0.1:{server.server_port}/v1")
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
