@@ -198,15 +198,17 @@ class _Server(uvicorn.Server):
             return BoundedConnection(self.config, self.server_state, app_state, self.occupancy)
 
         loop = asyncio.get_running_loop()
-        handshake = self.occupancy.limits.header_timeout if context is not None else None
+        tls: dict[str, Any] = {}
+        if context is not None:
+            tls = {"ssl": context, "ssl_handshake_timeout": self.occupancy.limits.header_timeout}
+            if sys.version_info >= (3, 11):
+                # A client that is idle hears of the end of its connection, and answers, much later.
+                tls["ssl_shutdown_timeout"] = _GRACE_SECONDS
         for bound in self.sockets:
             try:
                 self.servers.append(
-                    await loop.create_server(
-                        connection, sock=bound, ssl=context, ssl_handshake_timeout=handshake,
-                        backlog=self.config.backlog,
-                    )
-                )  # fmt: skip
+                    await loop.create_server(connection, sock=bound, backlog=self.config.backlog, **tls)
+                )
             except OSError as error:  # two may bind the same address, and only one listen
                 raise _unusable(self.listener.host, self.listener.port, error) from None
         self._clock = loop.create_task(self.main_loop())
