@@ -97,7 +97,7 @@ def test_a_result_is_tables_then_one_json_line_then_files(tmp_path, capsys):
     assert lines[0] == "Two rows"
     assert lines[-2] == "a note"
     shown = json.loads(lines[-1])
-    assert shown.pop("command").startswith("wemm ")
+    assert shown.pop("command").startswith("wemm")
     assert shown == result.line()
     assert list(result.line()) == ["benchmark", "environment", "settings", "seconds"]
     assert (tmp_path / "a.svg").read_text() == "drawn"
