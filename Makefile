@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 # gpu-check runs wherever torch, triton and pytest are, with or without `make setup`.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: help setup demo check test test-slow security bench gpu-check clean
+.PHONY: help setup demo check test test-slow security sanitize bench gpu-check clean
 
 help:             ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/  /'
@@ -45,6 +45,17 @@ test-slow: setup  ## tests that take minutes or gigabytes
 
 security: setup   ## the security scorecard: a service under attack, row by row
 	$(BIN)/python -m pytest tests/server/security -m "" --scorecard
+
+# A build of its own, over the packages of .venv.
+sanitize: setup   ## the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	@$(PYTHON) -m venv --clear build/sanitized
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$(build/sanitized/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages.pth"
+	@build/sanitized/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  -C cmake.define.WEMM_SANITIZE=ON -C build-dir=build/sanitized/kernels .
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
+	  build/sanitized/bin/python -m pytest tests/kernels tests/ops -p no:cacheprovider
 
 bench: setup      ## every op and kernel against its ceiling
 	$(BIN)/wemm bench ops

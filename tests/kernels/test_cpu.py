@@ -21,7 +21,8 @@ needs_extension = pytest.mark.skipif(not BUILT, reason="the C++ extension is not
         (dict(weight=torch.ones(7)), "rms_norm: weight has 7 in dimension hidden_size, not 8"),
         (dict(weight=torch.ones(1, 8)), "rms_norm: weight must have 1 dimensions"),
         (dict(out=torch.empty(2, 8)), "rms_norm: out has 2 in dimension rows, not 3"),
-        (dict(x=torch.ones(8, 3).T), "rms_norm: x must be contiguous"),
+        (dict(x=torch.ones(8, 3).T), "rms_norm: x must have contiguous rows"),
+        (dict(x=torch.ones(3, 16)[:, :8]), "rms_norm: x must be contiguous"),
         (dict(weight=torch.ones(8, dtype=torch.bfloat16)), "rms_norm: dtypes differ"),
     ],
 )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from wemm.checkpoint.weight_memory import empty_weight
 from wemm.platforms import Platform
 
 _PROBE_BYTES = 2**30  # more than any cache holds
@@ -85,8 +86,8 @@ class Ceilings:
     def _measure_bandwidth(self) -> None:
         available = self.platform.available_memory() or 4 * _PROBE_BYTES
         size = max(2**20, min(_PROBE_BYTES, available // 4) // 2**20 * 2**20)
-        # Ones, not zeros: unwritten pages are all one page.
-        buffer = torch.ones(size // 4, dtype=torch.float32, device=self.platform.device)
+        # Written, as unwritten pages are all one page; and where weights lie.
+        buffer = empty_weight((size // 4,), torch.float32, self.platform.device).fill_(1)
         first, second = buffer.chunk(2)
         # Which of the two is faster depends on the machine; in 16 bit both compute more than they read.
         reads = (buffer.sum, lambda: torch.dot(first, second))

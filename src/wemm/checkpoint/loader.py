@@ -12,6 +12,7 @@ from torch import nn
 
 from wemm.checkpoint.checkpoint import Checkpoint
 from wemm.checkpoint.shards import StoredTensor, open_shard
+from wemm.checkpoint.weight_memory import empty_weight
 from wemm.distributed import SINGLE, TensorParallel
 from wemm.errors import IntegrityError
 from wemm.progress import Advance
@@ -47,7 +48,8 @@ def load_weights(
                 index = [slice(None)] * len(spec.shape)
                 if shard_dim is not None and getattr(module, attribute).shape[shard_dim] != spec.shape[shard_dim]:
                     index[shard_dim] = tensor_parallel.slice(spec.shape[shard_dim])
-                value = entry[tuple(index)].to(device=device, dtype=dtype, copy=True).contiguous()
+                stored_value = entry[tuple(index)]
+                value = empty_weight(stored_value.shape, dtype, device).copy_(stored_value)
                 _set_parameter(module, attribute, value)
                 advance(value.numel() * value.element_size())
     if owners:
@@ -74,7 +76,7 @@ def load_dummy_weights(
         shift = 1.0 if len(shape) == 1 and attribute == "weight" else 0.0
         if (scale, shift) not in scaled:
             scaled[scale, shift] = (block * scale + shift).to(device=device, dtype=dtype)
-        value = torch.empty(shape, dtype=dtype, device=device)
+        value = empty_weight(shape, dtype, device)
         _repeat(scaled[scale, shift], value.view(-1), offset=i * _DUMMY_STRIDE % _DUMMY_BLOCK)
         _set_parameter(module, attribute, value)
         advance(value.numel() * value.element_size())

@@ -6,7 +6,15 @@ import importlib.util
 import logging
 
 if importlib.util.find_spec("wemm.kernels.cpu._kernels") is not None:
-    from wemm.kernels.cpu import _kernels, rms_norm  # noqa: F401 - each module attaches itself
+    from wemm.kernels.cpu import (  # noqa: F401 - each module attaches itself
+        _kernels,
+        decode_attention,
+        layer_norm,
+        linear,
+        rms_norm,
+        rotary_embedding,
+        silu_and_mul,
+    )
 
     if _kernels.has_avx512_bf16():
         from wemm.kernels.cpu import prefill_attention, vision_attention  # noqa: F401

@@ -10,7 +10,6 @@
 #include <cpuid.h>
 #include <immintrin.h>
 #define WEMM_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
-#define WEMM_INLINE inline __attribute__((always_inline))
 #endif
 
 namespace wemm {

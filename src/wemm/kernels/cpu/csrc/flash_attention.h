@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "vec.h"
+#include "types.h"
 
 namespace wemm {
 

@@ -1,11 +1,29 @@
 // Every kernel of the extension, as bound in module.cpp.
 #pragma once
 
+#include <optional>
+#include <vector>
+
 #include "tensor.h"
 
 namespace wemm {
 
 void rms_norm(const TensorArgument& x, const TensorArgument& weight, float eps, const TensorArgument& out);
+
+void layer_norm(const TensorArgument& x, const TensorArgument& weight, const TensorArgument& bias, float eps,
+                const TensorArgument& out);
+
+void silu_and_mul(const TensorArgument& gate, const TensorArgument& up, const TensorArgument& out);
+
+// x: any strides between tokens and heads.
+void rotary_embedding(const TensorArgument& x, const TensorArgument& cos, const TensorArgument& sin,
+                      const TensorArgument& out);
+
+constexpr std::int64_t kMaxGemvTokens = 4;
+
+// At most kMaxGemvTokens tokens.
+void linear(const TensorArgument& x, const TensorArgument& weight, const std::optional<TensorArgument>& bias,
+            const TensorArgument& out);
 
 // bounds: cu_seqlens.
 void vision_attention(const TensorArgument& query, const TensorArgument& key, const TensorArgument& value,
@@ -16,7 +34,11 @@ void prefill_attention(const TensorArgument& query, const TensorArgument& key_ca
                        const std::vector<std::vector<std::int64_t>>& tables, const std::vector<std::int64_t>& bounds,
                        const std::vector<std::int64_t>& seq_lens, float scale, const TensorArgument& out);
 
-// True if the attention kernels can run on this machine.
+void decode_attention(const TensorArgument& query, const TensorArgument& key_cache, const TensorArgument& value_cache,
+                      const std::vector<std::vector<std::int64_t>>& tables, const std::vector<std::int64_t>& seq_lens,
+                      float scale, const TensorArgument& out);
+
+// True if the flash attention kernels can run on this machine.
 bool has_avx512_bf16();
 
 // True if torch's own products run on matrix tiles, which these kernels do not use.

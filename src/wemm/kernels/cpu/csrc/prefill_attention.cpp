@@ -37,20 +37,15 @@ void prefill_attention(const TensorArgument& query_argument, const TensorArgumen
   contract.require(query.dtype == DType::bfloat16, "takes bfloat16");
   contract.require(head_dim % 2 == 0 && head_dim <= kMaxHeadDim, "takes an even head_dim up to 256");
   contract.require(num_kv_heads > 0 && num_heads % num_kv_heads == 0, "needs query heads in whole groups");
-  contract.require(bounds.size() == tables.size() + 1 && seq_lens.size() == tables.size(),
-                   "needs a block table and a length per sequence");
   contract.require_bounds("cu_seqlens_q", bounds, contract["num_tokens"]);
+  contract.require_blocks(tables, seq_lens, static_cast<std::int64_t>(bounds.size()) - 1, contract["block_size"],
+                          contract["num_blocks"]);
   const Cache cache{key.data<bfloat16>(), value.data<bfloat16>(), contract["block_size"], num_kv_heads, head_dim};
   const std::int64_t group = num_heads / num_kv_heads;
 
   for (std::size_t s = 0; s < tables.size(); ++s) {
     const std::int64_t first = bounds[s], num_new = bounds[s + 1] - first, seq_len = seq_lens[s];
     contract.require(num_new <= seq_len, "needs at most seq_lens new tokens");
-    const std::int64_t num_blocks = (seq_len + cache.block_size - 1) / cache.block_size;
-    contract.require(static_cast<std::int64_t>(tables[s].size()) >= num_blocks, "needs blocks for every token");
-    for (std::int64_t b = 0; b < num_blocks; ++b) {
-      contract.require(tables[s][b] >= 0 && tables[s][b] < contract["num_blocks"], "needs blocks of the cache");
-    }
     if (num_new == 0) continue;
     const std::int64_t padded = (seq_len + 1) / 2 * 2, num_rows = num_new * group;
     const std::int64_t num_jobs = (num_rows + kQueryBlock - 1) / kQueryBlock;

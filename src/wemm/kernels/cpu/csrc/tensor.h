@@ -10,6 +10,8 @@
 #include <tuple>
 #include <vector>
 
+#include "types.h"
+
 namespace wemm {
 
 enum class DType : int { float32 = 0, bfloat16 = 1 };  // wemm/kernels/cpu/tensors.py: DTYPE_CODES
@@ -28,6 +30,13 @@ struct Tensor {
         shape(std::get<2>(argument)),
         strides(std::get<3>(argument)) {}
 
+  bool is_empty() const {
+    for (const std::int64_t length : shape) {
+      if (length == 0) return true;
+    }
+    return false;
+  }
+
   template <typename T>
   T* data() const {
     return reinterpret_cast<T*>(address);
@@ -44,27 +53,32 @@ class Contract {
   explicit Contract(std::string kernel) : kernel_(std::move(kernel)) {}
 
   Contract& expect(const char* name, const Tensor& tensor, std::initializer_list<const char*> dims) {
+    expect_rows(name, tensor, dims);
+    std::int64_t stride = 1;
+    for (std::size_t d = dims.size(); d-- > 0; stride *= tensor.shape[d]) {
+      if (tensor.shape[d] > 1 && tensor.strides[d] != stride && !tensor.is_empty()) fail(name, "must be contiguous");
+    }
+    return *this;
+  }
+
+  // Contiguous in the last dimension only.
+  Contract& expect_rows(const char* name, const Tensor& tensor, std::initializer_list<const char*> dims) {
     if (tensor.dtype != DType::float32 && tensor.dtype != DType::bfloat16) fail(name, "has an unknown dtype");
     if (tensor.shape.size() != dims.size() || tensor.strides.size() != dims.size()) {
       fail(name, "must have " + std::to_string(dims.size()) + " dimensions");
     }
     std::size_t i = 0;
-    bool empty = false;
     for (const char* dim : dims) {
       const auto [known, added] = lengths_.emplace(dim, tensor.shape[i]);
       if (!added && known->second != tensor.shape[i]) {
         fail(name, std::string("has ") + std::to_string(tensor.shape[i]) + " in dimension " + dim + ", not " +
                        std::to_string(known->second));
       }
-      empty = empty || tensor.shape[i] == 0;
       ++i;
     }
-    if (!empty) {
+    if (!tensor.is_empty()) {
       if (tensor.address == 0) fail(name, "is null");
-      std::int64_t stride = 1;
-      for (std::size_t d = dims.size(); d-- > 0; stride *= tensor.shape[d]) {
-        if (tensor.shape[d] > 1 && tensor.strides[d] != stride) fail(name, "must be contiguous");
-      }
+      if (tensor.shape.back() > 1 && tensor.strides.back() != 1) fail(name, "must have contiguous rows");
     }
     return *this;
   }
@@ -87,6 +101,21 @@ class Contract {
     if (!rises) fail(name, "must rise from 0 to " + std::to_string(total));
   }
 
+  // Block tables that hold every token of their sequences, in a cache of `num_blocks`.
+  void require_blocks(const std::vector<std::vector<std::int64_t>>& tables, const std::vector<std::int64_t>& seq_lens,
+                      std::int64_t num_seqs, std::int64_t block_size, std::int64_t num_blocks) const {
+    require(static_cast<std::int64_t>(tables.size()) == num_seqs &&
+                static_cast<std::int64_t>(seq_lens.size()) == num_seqs,
+            "needs a block table and a length per sequence");
+    for (std::size_t s = 0; s < tables.size(); ++s) {
+      require(seq_lens[s] >= 0 && static_cast<std::int64_t>(tables[s].size()) * block_size >= seq_lens[s],
+              "needs blocks for every token");
+      for (std::int64_t b = 0; b * block_size < seq_lens[s]; ++b) {
+        require(tables[s][b] >= 0 && tables[s][b] < num_blocks, "needs blocks of the cache");
+      }
+    }
+  }
+
   std::int64_t operator[](const char* dim) const { return lengths_.at(dim); }
 
  private:
@@ -97,5 +126,15 @@ class Contract {
   std::string kernel_;
   std::map<std::string, std::int64_t> lengths_;
 };
+
+// Calls function(T()) for the element type T.
+template <typename Function>
+void with_dtype(DType dtype, Function function) {
+  if (dtype == DType::float32) {
+    function(float());
+  } else {
+    function(bfloat16());
+  }
+}
 
 }  // namespace wemm

@@ -1,0 +1,30 @@
+// Which instruction set runs: kernels are compiled for several (foreach_isa.h), and choose at each call.
+#pragma once
+
+namespace wemm {
+
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
+
+// The best that this machine has, or less if `limit_isa` said so.
+Isa isa();
+
+// For tests: no better than this from now on.
+void limit_isa(int isa);
+
+}  // namespace wemm
+
+// The version of a function that was compiled for this machine.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define WEMM_BEST(function)                                      \
+  (::wemm::isa() == ::wemm::Isa::avx512 ? ::wemm::avx512::function \
+   : ::wemm::isa() == ::wemm::Isa::avx2 ? ::wemm::avx2::function   \
+                                        : ::wemm::portable::function)
+#else
+#define WEMM_BEST(function) ::wemm::portable::function
+#endif
+
+#if defined(__GNUC__)
+#define WEMM_INLINE inline __attribute__((always_inline))
+#else
+#define WEMM_INLINE inline
+#endif

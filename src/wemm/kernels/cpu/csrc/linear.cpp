@@ -1,0 +1,106 @@
+// ops/linear.py for a few tokens: every weight is read once, at the speed of memory.
+
+#ifndef WEMM_COMPILING_FOR_ISA
+
+#include <algorithm>
+#include <vector>
+
+#define WEMM_THIS_FILE "linear.cpp"
+#include "foreach_isa.h"
+#include "kernels.h"
+
+namespace wemm {
+namespace {
+
+constexpr std::int64_t kRowsPerJob = 128;
+
+auto rows_of(std::int64_t tokens) {
+  switch (tokens) {
+    case 1: return WEMM_BEST(linear_rows<1>);
+    case 2: return WEMM_BEST(linear_rows<2>);
+    case 3: return WEMM_BEST(linear_rows<3>);
+    default: return WEMM_BEST(linear_rows<4>);
+  }
+}
+
+}  // namespace
+
+void linear(const TensorArgument& x_argument, const TensorArgument& weight_argument,
+            const std::optional<TensorArgument>& bias_argument, const TensorArgument& out_argument) {
+  const Tensor x(x_argument), weight(weight_argument), out(out_argument);
+  Contract contract("linear");
+  contract.expect("x", x, {"num_tokens", "in"})
+      .expect("weight", weight, {"out", "in"})
+      .expect("out", out, {"num_tokens", "out"})
+      .same_dtype({&x, &weight, &out});
+  const bfloat16* bias = nullptr;
+  if (bias_argument) {
+    const Tensor given(*bias_argument);
+    contract.expect("bias", given, {"out"}).same_dtype({&x, &given});
+    bias = given.data<bfloat16>();
+  }
+  const std::int64_t tokens = contract["num_tokens"], width = contract["in"], outputs = contract["out"];
+  contract.require(x.dtype == DType::bfloat16, "takes bfloat16");
+  contract.require(tokens <= kMaxGemvTokens, "takes at most 4 tokens");
+  if (tokens == 0) return;
+
+  std::vector<float> wide(tokens * width);
+  for (std::int64_t i = 0; i < tokens * width; ++i) wide[i] = to_float(x.data<bfloat16>()[i]);
+  const auto rows = rows_of(tokens);
+  const std::int64_t jobs = (outputs + kRowsPerJob - 1) / kRowsPerJob;
+#pragma omp parallel for schedule(static) if (jobs > 1)
+  for (std::int64_t job = 0; job < jobs; ++job) {
+    const std::int64_t first = job * kRowsPerJob, last = std::min(first + kRowsPerJob, outputs);
+    rows(weight.data<bfloat16>(), bias, wide.data(), width, first, last, outputs, out.data<bfloat16>());
+  }
+}
+
+}  // namespace wemm
+
+#else
+
+// Rows first, first + apart, … of the weight, R of them, times M tokens. x: float32 [M, width].
+template <int R, int M>
+WEMM_INLINE void some_rows(const bfloat16* weight, const bfloat16* bias, const float* x, std::int64_t width,
+                           std::int64_t first, std::int64_t apart, std::int64_t outputs, bfloat16* out) {
+  constexpr std::int64_t kAhead = 1024;  // elements: 2 KiB before they are needed
+  const bfloat16* rows = weight + first * width;
+  const std::int64_t stride = apart * width;
+  Floats sums[R][M] = {};
+  std::int64_t k = 0;
+  for (; k + 2 * kLanes <= width; k += 2 * kLanes) {  // a cache line of each row
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const bfloat16* line = rows + r * stride + k;
+      __builtin_prefetch(line + kAhead);
+      const Floats first = load(line), second = load(line + kLanes);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        sums[r][m] += first * load(x + m * width + k);
+        sums[r][m] += second * load(x + m * width + k + kLanes);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    const std::int64_t row = first + r * apart;
+    const float offset = bias == nullptr ? 0.0f : to_float(bias[row]);
+    for (int m = 0; m < M; ++m) {
+      float total = sum(sums[r][m]);
+      for (std::int64_t i = k; i < width; ++i) total += to_float(rows[r * stride + i]) * x[m * width + i];
+      out[m * outputs + row] = from_float<bfloat16>(total + offset);
+    }
+  }
+}
+
+// Rows first..last, in several streams: more of memory is under way, and they share the loads of the tokens. The rows of
+// a stream lie one behind the other, so that what is fetched ahead at the end of one is the beginning of the next.
+template <int M>
+void linear_rows(const bfloat16* weight, const bfloat16* bias, const float* x, std::int64_t width, std::int64_t first,
+                 std::int64_t last, std::int64_t outputs, bfloat16* out) {
+  constexpr int R = 4;
+  const std::int64_t apart = (last - first) / R;
+  for (std::int64_t i = 0; i < apart; ++i) some_rows<R, M>(weight, bias, x, width, first + i, apart, outputs, out);
+  for (std::int64_t i = first + R * apart; i < last; ++i) some_rows<1, M>(weight, bias, x, width, i, 0, outputs, out);
+}
+
+#endif

@@ -1,0 +1,36 @@
+"""Keys and values are read where they lie, once for all query heads that share them."""
+
+from __future__ import annotations
+
+import torch
+
+from wemm.kernels.cpu import _kernels
+from wemm.kernels.cpu.tensors import DTYPE_CODES, as_argument
+from wemm.ops.decode_attention import decode_attention
+
+
+def _supports(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+) -> bool:
+    tensors = (query, key_cache, value_cache)
+    return query.dtype in DTYPE_CODES and all(t.dtype == query.dtype and t.is_contiguous() for t in tensors)
+
+
+@decode_attention.impl("cpp", device="cpu", supports=_supports)
+def _(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    out = torch.empty_like(query)
+    given = as_argument(query), as_argument(key_cache), as_argument(value_cache)
+    _kernels.decode_attention(*given, block_tables.tolist(), seq_lens.tolist(), scale, as_argument(out))
+    return out

@@ -1,0 +1,195 @@
+"""Every C++ kernel is the op it stands for, on each instruction set it is compiled for, at any shape."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.ops.test_parity import check
+from wemm.kernels import load_kernels
+from wemm.ops.decode_attention import decode_attention
+from wemm.ops.layer_norm import layer_norm
+from wemm.ops.linear import linear
+from wemm.ops.registry import OPS
+from wemm.ops.rms_norm import rms_norm
+from wemm.ops.rotary_embedding import rotary_embedding
+from wemm.ops.silu_and_mul import silu_and_mul
+
+load_kernels("cpu")
+BUILT = importlib.util.find_spec("wemm.kernels.cpu._kernels") is not None
+pytestmark = pytest.mark.skipif(not BUILT, reason="the C++ extension is not built here")
+CPP = [name for name, op in OPS.items() if any(i.name == "cpp" for i in op.implementations)]
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+SEEDS = st.integers(0, 2**31)
+FUZZ = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+@pytest.fixture(params=[0, 1, 2], ids=["portable", "AVX2", "AVX-512"])
+def isa(request):
+    """No better than this; a machine that has less runs what it has, and the test says the same again."""
+    from wemm.kernels.cpu import _kernels
+
+    _kernels.limit_isa(request.param)
+    yield
+    _kernels.limit_isa(2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CPP)
+def test_parity_on_every_instruction_set(isa, name, dtype):
+    check(OPS[name], "cpp", dtype, torch.device("cpu"))
+
+
+def test_the_instruction_sets_differ():
+    """The limit is obeyed: sums are taken in another order, and one of many comes out otherwise."""
+    from wemm.kernels.cpu import _kernels
+
+    x, weight = torch.randn(4, 999), torch.randn(999)
+    results = []
+    with torch.inference_mode(), rms_norm.using("cpp"):
+        for limit in (0, 2):
+            _kernels.limit_isa(limit)
+            results.append(rms_norm(x, weight, 1e-5))
+    torch.testing.assert_close(*results)
+    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
+        assert not torch.equal(*results)
+
+
+def _compare(op, arguments, rtol=None):
+    tolerance = op.tolerances[arguments[0].dtype]
+    wide = [a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
+    with torch.inference_mode():
+        oracle = op.definition(*wide)
+        with op.using("cpp"):
+            got = op(*arguments).float()
+    torch.testing.assert_close(got, oracle, rtol=rtol or tolerance.rtol, atol=tolerance.atol, equal_nan=True)
+
+
+def _normal(seed, *shapes, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+@FUZZ
+@given(
+    tokens=st.integers(0, 4), out=st.integers(1, 300), width=st.integers(1, 200), bias=st.booleans(), seed=SEEDS
+)
+def test_linear_of_any_shape(tokens, out, width, bias, seed):
+    x, weight, offset = _normal(seed, (tokens, width), (out, width), (out,), dtype=torch.bfloat16)
+    weight = (weight * width**-0.5).to(torch.bfloat16)
+    _compare(linear, (x, weight, offset if bias else None))
+
+
+@FUZZ
+@given(
+    lengths=st.lists(st.integers(1, 200), min_size=1, max_size=4),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 6),
+    head_dim=st.sampled_from([1, 8, 16, 40, 64, 128]),
+    block_size=st.sampled_from([1, 7, 16]),
+    dtype=DTYPES,
+    seed=SEEDS,
+)
+def test_decode_attention_of_any_shape(lengths, kv_heads, group, head_dim, block_size, dtype, seed):
+    counts = [-(-length // block_size) for length in lengths]
+    order = torch.randperm(sum(counts) + 1, generator=torch.Generator().manual_seed(seed)).tolist()
+    tables = torch.tensor([[order.pop() for _ in range(n)] + [0] * (max(counts) - n) for n in counts]).int()
+    cache = (sum(counts) + 1, block_size, kv_heads, head_dim)
+    q, k, v = _normal(seed, (len(lengths), kv_heads * group, head_dim), cache, cache, dtype=dtype)
+    _compare(decode_attention, (q, k, v, tables, torch.tensor(lengths).int(), head_dim**-0.5))
+
+
+@FUZZ
+@given(
+    rows=st.integers(0, 9),
+    width=st.integers(1, 300),
+    dtype=DTYPES,
+    scale=st.sampled_from([1e-3, 1.0, 30.0]),
+    seed=SEEDS,
+)
+def test_norms_of_any_shape(rows, width, dtype, scale, seed):
+    x, weight, bias = _normal(seed, (rows, width), (width,), (width,), dtype=dtype)
+    x = (x * scale).to(dtype)
+    _compare(rms_norm, (x, weight, 1e-5))
+    _compare(layer_norm, (x, weight, bias, 1e-6))
+
+
+@FUZZ
+@given(tokens=st.integers(0, 5), heads=st.integers(1, 4), half=st.integers(1, 70), dtype=DTYPES, seed=SEEDS)
+def test_rotary_embedding_of_heads_that_lie_apart(tokens, heads, half, dtype, seed):
+    [packed] = _normal(seed, (tokens, heads, 3, 2 * half), dtype=dtype)
+    [angle] = _normal(seed, (tokens, half), dtype=torch.float32)
+    _compare(rotary_embedding, (packed[:, :, 1], angle.cos(), angle.sin()))
+
+
+@FUZZ
+@given(rows=st.integers(0, 5), width=st.integers(1, 5000), dtype=DTYPES, seed=SEEDS)
+def test_silu_and_mul_of_any_shape(rows, width, dtype, seed):
+    gate, up = _normal(seed, (rows, width), (rows, width), dtype=dtype)
+    _compare(silu_and_mul, ((gate * 20).to(dtype), up))
+
+
+def test_silu_and_mul_at_the_ends_of_the_numbers(isa):
+    gate = torch.tensor([[0.0, -0.0, 88.0, -88.0, 200.0, -200.0, 3e38, -3e38, 1e-38, float("inf"), float("nan")]])
+    with torch.inference_mode(), silu_and_mul.using("cpp"):
+        got = silu_and_mul(gate, torch.ones_like(gate))
+    torch.testing.assert_close(got, F.silu(gate), rtol=1e-6, atol=1e-30, equal_nan=True)
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_nan_in_attention_stays_nan(isa, place):
+    """In the query, the key and the value of the last of many pieces."""
+    q, k, v = _normal(0, (1, 4, 16), (20, 16, 1, 16), (20, 16, 1, 16), dtype=torch.float32)
+    arguments = [q, k, v, torch.arange(20).int().unsqueeze(0), torch.tensor([300]).int(), 0.25]
+    if place == 0:
+        q[:] = float("nan")
+    else:
+        arguments[place][18, 5] = float("nan")
+    with torch.inference_mode(), decode_attention.using("cpp"):
+        assert decode_attention(*arguments).isnan().all()
+
+
+def _argument(*shape, dtype=torch.bfloat16):
+    from wemm.kernels.cpu.tensors import as_argument
+
+    return as_argument(torch.zeros(shape, dtype=dtype))
+
+
+def _refused(name, message, *arguments):
+    from wemm.kernels.cpu import _kernels
+
+    with pytest.raises(ValueError, match=message):
+        getattr(_kernels, name)(*arguments)
+
+
+def test_contracts_of_rows_and_widths():
+    t, wide = _argument, torch.float32
+    _refused("linear", "at most 4 tokens", t(5, 8), t(3, 8), None, t(5, 3))
+    _refused("linear", "bias has 2 in dimension out", t(1, 8), t(3, 8), t(2), t(1, 3))
+    _refused("linear", "takes bfloat16", t(1, 8, dtype=wide), t(3, 8, dtype=wide), None, t(1, 3, dtype=wide))
+    _refused("rotary_embedding", "float32 angles", t(1, 1, 8), t(1, 4), t(1, 4), t(1, 1, 8))
+    angles = t(1, 3, dtype=wide)
+    _refused("rotary_embedding", "an angle per pair", t(1, 1, 8), angles, angles, t(1, 1, 8))
+    _refused("silu_and_mul", "up has 7", t(1, 8), t(1, 7), t(1, 8))
+    _refused("layer_norm", "bias has 7", t(1, 8), t(8), t(7), 1e-6, t(1, 8))
+
+
+@pytest.mark.parametrize(
+    ("tables", "lengths", "message"),
+    [
+        ([[0]], [17], "every token"),
+        ([[2]], [3], "of the cache"),
+        ([[-1]], [3], "of the cache"),
+        ([[0]], [0], "a token in every"),
+        ([], [], "a length per sequence"),
+        ([[0]], [3, 3], "a length per sequence"),
+    ],
+)
+def test_contract_of_blocks(tables, lengths, message):
+    query, cache = _argument(1, 2, 8), _argument(2, 16, 1, 8)
+    _refused("decode_attention", message, query, cache, cache, tables, lengths, 1.0, query)
