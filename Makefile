@@ -55,7 +55,7 @@ sanitize: setup   ## the kernel tests under AddressSanitizer and UndefinedBehavi
 	  -C cmake.define.WEMM_SANITIZE=ON -C build-dir=build/sanitized/kernels .
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
-	  build/sanitized/bin/python -m pytest tests/kernels tests/ops -p no:cacheprovider
+	  build/sanitized/bin/python -m pytest tests/kernels tests/ops -p no:cacheprovider --capture=sys
 
 bench: setup      ## every op and kernel against its ceiling
 	$(BIN)/wemm bench ops

@@ -46,15 +46,16 @@ def test_parity_on_every_instruction_set(isa, name, dtype):
 
 
 def test_the_instruction_sets_differ():
-    """The limit is obeyed: sums are taken in another order, and one of many comes out otherwise."""
+    """The limit is obeyed: what multiplies and adds in one step rounds once less, and it shows."""
     from wemm.kernels.cpu import _kernels
 
-    x, weight = torch.randn(4, 999), torch.randn(999)
+    q, k, v = _normal(0, (1, 4, 64), (20, 16, 1, 64), (20, 16, 1, 64), dtype=torch.float32)
+    arguments = q, k, v, torch.arange(20).int().unsqueeze(0), torch.tensor([300]).int(), 0.125
     results = []
-    with torch.inference_mode(), rms_norm.using("cpp"):
+    with torch.inference_mode(), decode_attention.using("cpp"):
         for limit in (0, 2):
             _kernels.limit_isa(limit)
-            results.append(rms_norm(x, weight, 1e-5))
+            results.append(decode_attention(*arguments))
     torch.testing.assert_close(*results)
     if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
         assert not torch.equal(*results)
