@@ -10,6 +10,7 @@ from torch import nn
 
 from wemm.distributed import TensorParallel
 from wemm.ops.linear import linear
+from wemm.ops.linear_gelu import linear_gelu
 
 
 class Linear(nn.Module):
@@ -49,6 +50,18 @@ class ColumnParallelLinear(nn.Module):
         """[num_tokens, in] → [num_tokens, out / ranks], or [num_tokens, out] if gathered."""
         y = linear(x, self.weight, self.bias)
         return self._tensor_parallel.all_gather(y) if self._gather else y
+
+
+class ColumnParallelLinearGelu(ColumnParallelLinear):
+    """With a bias, then GELU (tanh form): every rank activates its share."""
+
+    def __init__(self, in_size: int, out_size: int, tensor_parallel: TensorParallel) -> None:
+        super().__init__(in_size, out_size, tensor_parallel, bias=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, in] → [num_tokens, out / ranks]."""
+        assert self.bias is not None
+        return linear_gelu(x, self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Module):

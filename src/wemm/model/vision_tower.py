@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from wemm.config import VisionConfig
 from wemm.distributed import SINGLE, TensorParallel
 from wemm.layers.embedding import Embedding
-from wemm.layers.linear import ColumnParallelLinear, RowParallelLinear
+from wemm.layers.linear import ColumnParallelLinear, ColumnParallelLinearGelu, RowParallelLinear
 from wemm.layers.norm import LayerNorm
 from wemm.model.batch import ImageBatch
 from wemm.ops.linear import linear
@@ -68,12 +67,12 @@ class VisionMLP(nn.Module):
 
     def __init__(self, config: VisionConfig, tensor_parallel: TensorParallel) -> None:
         super().__init__()
-        self.fc1 = ColumnParallelLinear(config.hidden_size, config.intermediate_size, tensor_parallel, bias=True)
+        self.fc1 = ColumnParallelLinearGelu(config.hidden_size, config.intermediate_size, tensor_parallel)
         self.fc2 = RowParallelLinear(config.intermediate_size, config.hidden_size, tensor_parallel)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[num_patches, hidden_size] → same."""
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(self.fc1(x))
 
 
 class VisionLayer(nn.Module):

@@ -11,6 +11,7 @@ if importlib.util.find_spec("wemm.kernels.cpu._kernels") is not None:
         decode_attention,
         layer_norm,
         linear,
+        linear_gelu,
         rms_norm,
         rotary_embedding,
         silu_and_mul,
