@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from wemm.ops.registry import TOLERANCES, Inputs, LazyCases, ModelShapes, Tolerance, op
+from wemm.ops.registry import Inputs, LazyCases, ModelShapes, looser, op
 
 
 def _cases(inputs: Inputs) -> Mapping[str, tuple[Any, ...]]:
@@ -58,14 +58,7 @@ def _flops(
 
 
 # The base product and the update are each rounded before they are added: two more roundings.
-@op(
-    _cases,
-    tolerances={
-        d: Tolerance(TOLERANCES[d].rtol * 2, TOLERANCES[d].atol * 2) for d in (torch.bfloat16, torch.float16)
-    },
-    model_cases=_model_cases,
-    flops=_flops,
-)
+@op(_cases, looser(2), model_cases=_model_cases, flops=_flops)
 def plora_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
