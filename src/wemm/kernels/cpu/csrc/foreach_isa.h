@@ -29,8 +29,10 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 namespace wemm::avx512 {
+#define WEMM_ISA_AVX512  // the compiler's own macros do not follow the pragma in C++
 #include "vec.h"
 #include WEMM_THIS_FILE
+#undef WEMM_ISA_AVX512
 }  // namespace wemm::avx512
 #pragma GCC pop_options
 

@@ -68,7 +68,7 @@ WEMM_INLINE void some_rows(const bfloat16* weight, const bfloat16* bias, const f
   const std::int64_t stride = apart * width;
   Floats sums[R][M] = {};
   std::int64_t k = 0;
-  for (; k + 2 * kLanes <= width; k += 2 * kLanes) {  // a cache line of each row
+  for (; k + 2 * kLanes <= width; k += 2 * kLanes) {  // with AVX-512, a cache line of each row
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const bfloat16* line = rows + r * stride + k;
@@ -97,7 +97,7 @@ WEMM_INLINE void some_rows(const bfloat16* weight, const bfloat16* bias, const f
 template <int M>
 void linear_rows(const bfloat16* weight, const bfloat16* bias, const float* x, std::int64_t width, std::int64_t first,
                  std::int64_t last, std::int64_t outputs, bfloat16* out) {
-  constexpr int R = 4;
+  constexpr int R = kManyRegisters || M <= 2 ? 4 : 2;  // R * M sums stay in registers
   const std::int64_t apart = (last - first) / R;
   for (std::int64_t i = 0; i < apart; ++i) some_rows<R, M>(weight, bias, x, width, first + i, apart, outputs, out);
   for (std::int64_t i = first + R * apart; i < last; ++i) some_rows<1, M>(weight, bias, x, width, i, 0, outputs, out);

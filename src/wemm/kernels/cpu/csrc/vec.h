@@ -1,7 +1,13 @@
 // Arithmetic in vectors. No include guard: foreach_isa.h compiles this once per instruction set.
 
-// Sixteen numbers. Where the instruction set has shorter vectors, the compiler takes several.
+// As many numbers as a register holds. Where it holds fewer still, the compiler takes two.
+#ifdef WEMM_ISA_AVX512
 constexpr int kLanes = 16;
+constexpr bool kManyRegisters = true;
+#else
+constexpr int kLanes = 8;
+constexpr bool kManyRegisters = false;
+#endif
 typedef float Floats __attribute__((vector_size(sizeof(float) * kLanes)));
 
 WEMM_INLINE Floats load(const float* x) {
@@ -11,7 +17,7 @@ WEMM_INLINE Floats load(const float* x) {
 }
 
 WEMM_INLINE Floats load(const bfloat16* x) {
-#ifdef __AVX512F__
+#ifdef WEMM_ISA_AVX512
   const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
   return (Floats)_mm512_slli_epi32(words, 16);
 #else
@@ -27,7 +33,7 @@ WEMM_INLINE void store(const Floats& value, float* x) { std::memcpy(x, &value, s
 
 // In pairs, not one after another: fewer steps.
 WEMM_INLINE float sum(const Floats& x) {
-#ifdef __AVX512F__
+#ifdef WEMM_ISA_AVX512
   return _mm512_reduce_add_ps((__m512)x);
 #else
   float parts[kLanes];
