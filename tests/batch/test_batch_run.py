@@ -188,6 +188,16 @@ def test_mistakes_are_one_line(pictures, tmp_path, monkeypatch, capsys, argument
     assert problem in captured.err
 
 
+def test_what_is_there_is_seen_before_a_model_is_loaded(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("wemm.cli.clients.ClientOptions.open", lambda self: pytest.fail("loaded"))
+    done, begun = tmp_path / "done.jsonl", tmp_path / "begun.jsonl"
+    done.write_text("{}")
+    (tmp_path / "begun.jsonl.partial").write_text("{}")
+    for target, problem in ((done, "there and complete"), (begun, "is begun")):
+        assert _batch(pictures, target, "-p", "?") == 2
+        assert problem in capsys.readouterr().err
+
+
 def test_killed_in_the_middle_and_resumed(pictures, tmp_path):
     """A real kill -9: what the journal has is not asked again, and the answers are those of an undisturbed run."""
     questions = tmp_path / "questions.txt"

@@ -32,7 +32,7 @@ class Journal:
 
     def __init__(self, target: Path, settings: Mapping[str, Any], resume: bool, overwrite: bool) -> None:
         self._target = target
-        self._partial = target.with_name(f"{target.name}.partial")
+        self._partial = _partial(target)
         self.records: dict[str, dict[str, Any]] = {}
         """What is answered, by key."""
         self._lock = FileLock(target.with_name(f"{target.name}.lock"))
@@ -83,14 +83,8 @@ class Journal:
         self.close()
 
     def _open(self, settings: dict[str, Any], resume: bool, overwrite: bool) -> IO[bytes]:
-        begun = not overwrite and self._partial.exists() and self._partial.stat().st_size > 0
-        if not overwrite and not begun and self._target.exists():
-            raise StorageError(f"{self._target} is there and complete: choose another, or --overwrite it")
-        if begun and not resume:
-            raise StorageError(
-                f"{self._target} is begun ({self._partial.name} has answers): --resume to go on, --overwrite to "
-                "start again"
-            )
+        check_target(self._target, resume, overwrite)
+        begun = not overwrite and _is_begun(self._partial)
         try:
             end = self._read(settings) if begun else 0
             file = self._partial.open("r+b" if begun else "w+b")
@@ -147,6 +141,28 @@ class Journal:
         # Removed while it is held: who takes it next makes a new one.
         Path(self._lock.lock_file).unlink(missing_ok=True)
         self._lock.release()
+
+
+def check_target(target: Path, resume: bool, overwrite: bool) -> None:
+    """Refuse what `Journal` would refuse for what lies there: before a model is loaded. Raises StorageError."""
+    if overwrite:
+        return
+    begun = _is_begun(_partial(target))
+    if not begun and target.exists():
+        raise StorageError(f"{target} is there and complete: choose another, or --overwrite it")
+    if begun and not resume:
+        answers = _partial(target).name
+        raise StorageError(
+            f"{target} is begun ({answers} has answers): --resume to go on, --overwrite to start again"
+        )
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f"{target.name}.partial")
+
+
+def _is_begun(partial: Path) -> bool:
+    return partial.exists() and partial.stat().st_size > 0
 
 
 def _failed(record: Mapping[str, Any]) -> bool:

@@ -49,8 +49,10 @@ def batch(
     Example: wemm batch photos/ answers.jsonl --model nano --prompt "What is written here?"
     """
     from wemm.batch.inputs import read_items, read_prompts
+    from wemm.batch.journal import check_target
     from wemm.batch.run import run_batch
 
+    check_target(target, resume, overwrite)
     prompts = [*([prompt] if prompt is not None else []), *(read_prompts(questions) if questions else [])]
     read_items(source, prompts, sampling.apply(SamplingParams()), recursive)  # mistakes must not cost the loading
     started = time.perf_counter()

@@ -35,9 +35,11 @@ def textvqa(*, settings: TextVqaSettings, options: ClientOptions, sampling: Samp
 
     Example: wemm eval textvqa --model nano --data nano_val.jsonl --output out --prompt-suffix ""
     """
+    from wemm.batch.journal import check_target
     from wemm.evaluation.run import evaluate
     from wemm.evaluation.textvqa import load_samples
 
+    check_target(settings.samples_file, settings.resume, settings.overwrite)
     load_samples(settings.data, settings.limit)  # mistakes must not cost the loading
     sampling.apply(SamplingParams())
     with options.open() as (client, default):

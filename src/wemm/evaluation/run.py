@@ -51,6 +51,11 @@ class TextVqaSettings:
         if self.limit is not None and self.limit < 1:
             raise ParameterError(f"limit must be at least 1. Given: {self.limit}")
 
+    @property
+    def samples_file(self) -> Path:
+        """Where answers are kept, and what stands at the end."""
+        return self.output / "samples.jsonl"
+
     def question(self, sample: Sample, sampling: SamplingParams) -> Question:
         """As the model is asked."""
         text = f"{self.prompt_prefix}{sample.question}{self.prompt_suffix}"
@@ -84,7 +89,7 @@ def evaluate(
     _forget_summary(settings)
     started = time.perf_counter()
     running = _RunningMean(samples, settings.scoring)
-    target = settings.output / "samples.jsonl"
+    target = settings.samples_file
     asked = {**client_settings, **_asked(settings, sampling)}
     with Journal(target, asked, settings.resume, settings.overwrite) as journal:
         answers = answer_all(client, questions, journal, progress, running.describe, running.hear)
