@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from wemm.benchmark.report import Outputs, command_line, finish, write_csv
+from wemm.benchmark.outputs import Outputs
+from wemm.benchmark.report import command_line, finish, write_csv
 from wemm.benchmark.result import (
     Result,
     Table,
@@ -153,7 +154,7 @@ def test_a_directory_without_permission_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("option", "module"), [("plot", "matplotlib"), ("report", "jinja2")])
 def test_an_absent_library_is_named_with_its_remedy(tmp_path, monkeypatch, option, module):
-    monkeypatch.setattr("wemm.benchmark.report.find_spec", lambda name: None)
+    monkeypatch.setattr("wemm.benchmark.outputs.find_spec", lambda name: None)
     with pytest.raises(ParameterError, match=rf"--{option} needs {module}: pip install 'wemm\[bench\]'"):
         Outputs(**{option: tmp_path / "x.png"}).check()
 

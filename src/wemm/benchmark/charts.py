@@ -16,8 +16,8 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h")
 
 
 @contextmanager
-def _axes(path: Path, width: float, height: float) -> Iterator[Any]:
-    """Axes that are saved to `path` at the end. Raises ParameterError."""
+def saved_axes(path: Path, width: float, height: float, columns: int = 1) -> Iterator[Any]:
+    """Axes, or a row of them, that are saved to `path` at the end. Raises ParameterError."""
     try:
         import matplotlib as mpl
     except ImportError:
@@ -25,9 +25,10 @@ def _axes(path: Path, width: float, height: float) -> Iterator[Any]:
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
+    figure, axes = pyplot.subplots(1, columns, figsize=(width, height), layout="constrained")
     try:
-        axes.spines[["top", "right"]].set_visible(False)
+        for each in figure.axes:
+            each.spines[["top", "right"]].set_visible(False)
         yield axes
         try:
             figure.savefig(path, dpi=120)
@@ -39,7 +40,7 @@ def _axes(path: Path, width: float, height: float) -> Iterator[Any]:
 
 def bars(path: Path, title: str, label: str, values: Mapping[str, float]) -> None:
     """Horizontal bars; `label` names the quantity and its unit."""
-    with _axes(path, 7, 0.6 * len(values) + 1.5) as axes:
+    with saved_axes(path, 7, 0.6 * len(values) + 1.5) as axes:
         axes.bar_label(axes.barh(list(values), list(values.values())), fmt="{:,.3g}", padding=3)
         axes.invert_yaxis()
         axes.set(xlabel=label, title=title)
@@ -49,7 +50,7 @@ def bars(path: Path, title: str, label: str, values: Mapping[str, float]) -> Non
 def waterfall(path: Path, title: str, stages: Sequence[tuple[str, float, float]]) -> None:
     """(stage, start, length) in milliseconds, from top to bottom."""
     end = max(start + length for _, start, length in stages)
-    with _axes(path, 8, 0.5 * len(stages) + 1.5) as axes:
+    with saved_axes(path, 8, 0.5 * len(stages) + 1.5) as axes:
         for row, (_, start, length) in enumerate(stages):
             axes.barh(row, length, left=start, color=_COLOURS[row], height=0.65)
             _label_bar(axes, row, start, length, end)
@@ -81,7 +82,7 @@ def roofline(
     ridge = gemm / read
     left = min([ridge, *(x for _, _, x, _ in points)]) / 6
     right = max([ridge, *(x for _, _, x, _ in points)]) * 3
-    with _axes(path, 13, 8) as axes:
+    with saved_axes(path, 13, 8) as axes:
         axes.set(xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="GFLOP/s", title=title)
         axes.plot([left, ridge], [left * read, gemm], color="black", label=f"read {read:,.1f} GB/s")
         axes.plot(

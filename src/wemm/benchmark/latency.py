@@ -13,12 +13,12 @@ import torch
 
 from wemm.benchmark.ceilings import Ceilings, describe
 from wemm.benchmark.charts import waterfall
-from wemm.benchmark.result import Result, Table, engine_settings, environment, percentiles, run_dtype
+from wemm.benchmark.result import Result, Table, engine_settings, environment, percentiles
 from wemm.benchmark.workload import Workload
 from wemm.checkpoint.weight_map import expected_tensors
 from wemm.config import EngineConfig
 from wemm.cost import DTYPE_BYTES, count_parameters, image_cost, kv_bytes_per_token, prefill_flops
-from wemm.engine.build import Source, find_source
+from wemm.engine.build import Source, find_source, resolve_dtype
 from wemm.engine.llm import LLM
 from wemm.errors import ParameterError
 from wemm.platforms import resolve_platform
@@ -119,7 +119,8 @@ def run(engine: EngineConfig, workload: Workload, output_len: int, batch: int) -
             f"--batch {batch} is more than --max-num-seqs {engine.max_num_seqs}; raise the latter"
         )
     pixels = workload.pixels()
-    source, platform, dtype = find_source(engine), resolve_platform(engine.device), run_dtype(engine)
+    source, platform = find_source(engine), resolve_platform(engine.device)
+    dtype = resolve_dtype(engine, source.dtype, platform)
     ceilings = Ceilings(platform, getattr(torch, dtype))
     ceilings.measure()
     plain = {"enable_prefix_caching": False, "image_cache_memory": 0, "num_speculative_tokens": 0}

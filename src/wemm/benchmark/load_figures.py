@@ -10,7 +10,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from wemm.benchmark.charts import saved_axes
 from wemm.benchmark.load import Answer, Exchange, read_answer
+from wemm.benchmark.result import nearest_rank
 from wemm.errors import ParameterError
 
 _PERCENTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "worst": 1.0}
@@ -45,7 +47,7 @@ def percentiles(values: Sequence[float]) -> dict[str, float] | None:
     ordered = sorted(values)
     if not ordered:
         return None
-    return {name: ordered[max(0, math.ceil(share * len(ordered)) - 1)] for name, share in _PERCENTILES.items()}
+    return {name: nearest_rank(ordered, share) for name, share in _PERCENTILES.items()}
 
 
 def figures(rate: float, exchanges: Sequence[Exchange], level: ServiceLevel) -> dict[str, Any]:
@@ -157,33 +159,19 @@ def _row(rate: Mapping[str, Any], latencies: Sequence[tuple[str, str]], good: bo
 
 def chart(result: Mapping[str, Any], path: Path) -> None:
     """Latency and throughput over the rate. Raises ParameterError: no matplotlib, path, nothing answered."""
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        raise ParameterError("--plot needs matplotlib: pip install 'wemm[bench]'") from None
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
     rates = [rate for rate in result["rates"] if rate["seconds"]["first_token"]]
     if not rates:
         raise ParameterError(f"--plot {path}: no request was answered, there is nothing to draw")
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    _draw_latency(axes[0], rates, "first_token")
-    _draw_latency(axes[1], rates, "inter_token")
-    _draw_throughput(axes[2], rates)
-    for each in axes:
-        each.set_xticks(range(len(rates)), [_name(rate) for rate in rates])
-        each.set(xlabel="offered requests per second", ylim=(0, None))
-        each.margins(x=0.08)
-        each.grid(alpha=0.3)
-        each.legend(frameon=False)
-        each.spines[["top", "right"]].set_visible(False)
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise ParameterError(f"--plot {path}: {error}") from None
-    finally:
-        pyplot.close(figure)
+    with saved_axes(path, 13, 4, columns=3) as axes:
+        _draw_latency(axes[0], rates, "first_token")
+        _draw_latency(axes[1], rates, "inter_token")
+        _draw_throughput(axes[2], rates)
+        for each in axes:
+            each.set_xticks(range(len(rates)), [_name(rate) for rate in rates])
+            each.set(xlabel="offered requests per second", ylim=(0, None))
+            each.margins(x=0.08)
+            each.grid(alpha=0.3)
+            each.legend(frameon=False)
 
 
 def _name(rate: Mapping[str, Any]) -> str:

@@ -4,70 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shlex
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from wemm.benchmark.outputs import Outputs
 from wemm.benchmark.result import Result, Table
-from wemm.errors import ParameterError, StorageError
+from wemm.errors import StorageError
 
 _GAP = 3  # between two columns
-_PLOT_TYPES = (".png", ".svg", ".pdf")
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """Which files to write. `check` before the measurement, `write` after it."""
-
-    csv: Path | None = None
-    plot: Path | None = None
-    report: Path | None = None
-    accuracy: Path | None = None
-    """summary.json of an evaluation, to stand beside the speed in the report."""
-
-    def check(self) -> None:
-        """Refuse what could not be written, before minutes are spent. Raises ParameterError, StorageError."""
-        if self.plot is not None:
-            if self.plot.suffix.lower() not in _PLOT_TYPES:
-                raise ParameterError(f"--plot {self.plot}: the name must end in {', '.join(_PLOT_TYPES)}")
-            _require("--plot", "matplotlib")
-        if self.report is not None:
-            _require("--report", "jinja2")
-        if self.accuracy is not None and self.report is None:
-            raise ParameterError("--accuracy goes into the report: add --report FILE.html")
-        self._read_accuracy()
-        for flag, path in (("--csv", self.csv), ("--plot", self.plot), ("--report", self.report)):
-            if path is not None:
-                _check_writable(flag, path)
-
-    def write(self, results: Sequence[Result], lines: Sequence[Mapping[str, Any]]) -> None:
-        """`lines`: the JSON objects of the results. Raises StorageError."""
-        if self.csv is not None:
-            _writing("--csv", self.csv, lambda path: write_csv(path, results[0].tables[0]))
-        if self.plot is not None:
-            _writing("--plot", self.plot, results[0].chart)
-        if self.report is not None:
-            from wemm.benchmark.html import write_report
-
-            accuracy = self._read_accuracy()
-            _writing("--report", self.report, lambda path: write_report(path, lines, accuracy))
-
-    def _read_accuracy(self) -> Mapping[str, Any] | None:
-        if self.accuracy is None:
-            return None
-        try:
-            summary = json.loads(self.accuracy.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ParameterError(f"--accuracy {self.accuracy}: {error}") from None
-        if not isinstance(summary, dict):
-            raise ParameterError(f"--accuracy {self.accuracy}: not the summary.json of an evaluation")
-        return summary
 
 
 def finish(results: Sequence[Result], outputs: Outputs) -> None:
@@ -79,7 +27,19 @@ def finish(results: Sequence[Result], outputs: Outputs) -> None:
             print(note)
     lines = [{**result.line(), "command": command_line(sys.argv)} for result in results]
     print(json.dumps(lines[0] if len(lines) == 1 else {"results": lines}, ensure_ascii=False))
-    outputs.write(results, lines)
+    _write_files(results, lines, outputs)
+
+
+def _write_files(results: Sequence[Result], lines: Sequence[Mapping[str, Any]], outputs: Outputs) -> None:
+    if outputs.csv is not None:
+        _writing("--csv", outputs.csv, lambda path: write_csv(path, results[0].tables[0]))
+    if outputs.plot is not None:
+        _writing("--plot", outputs.plot, results[0].chart)
+    if outputs.report is not None:
+        from wemm.benchmark.html import write_report
+
+        accuracy = outputs.read_accuracy()
+        _writing("--report", outputs.report, lambda path: write_report(path, lines, accuracy))
 
 
 def command_line(arguments: Sequence[str]) -> str:
@@ -132,21 +92,6 @@ def write_csv(path: Path, table: Table) -> None:
         writer = csv.writer(file)
         writer.writerow(table.columns)
         writer.writerows(table.rows)
-
-
-def _require(flag: str, module: str) -> None:
-    if find_spec(module) is None:
-        raise ParameterError(f"{flag} needs {module}: pip install 'wemm[bench]'")
-
-
-def _check_writable(flag: str, path: Path) -> None:
-    directory = path.parent
-    if not directory.is_dir():
-        raise StorageError(f"{flag} {path}: there is no directory {directory}")
-    if path.is_dir():
-        raise StorageError(f"{flag} {path}: is a directory; give the name of a file")
-    if not os.access(path if path.exists() else directory, os.W_OK):
-        raise StorageError(f"{flag} {path}: cannot be written; give another place")
 
 
 def _writing(flag: str, path: Path, write: Any) -> None:

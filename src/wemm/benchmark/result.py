@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform as host
 import statistics
@@ -15,8 +16,7 @@ import torch
 
 from wemm import __version__
 from wemm.config import EngineConfig
-from wemm.engine.build import find_source
-from wemm.platforms import Platform, resolve_platform
+from wemm.platforms import Platform
 
 _CPUINFO = Path("/proc/cpuinfo")
 # Which of these a CPU has decides how fast it multiplies.
@@ -77,13 +77,6 @@ def environment(platform: Platform) -> dict[str, Any]:
     }
 
 
-def run_dtype(engine: EngineConfig) -> str:
-    """The dtype in which the model will run. Raises what finding the model raises."""
-    if engine.dtype != "auto":
-        return engine.dtype
-    return resolve_platform(engine.device).preferred_dtype(find_source(engine).dtype)
-
-
 def engine_settings(engine: EngineConfig, dtype: str) -> dict[str, Any]:
     """Model and dtype, and every other option that is not its default."""
     others = {f.name: getattr(engine, f.name) for f in fields(engine) if getattr(engine, f.name) != f.default}
@@ -93,8 +86,13 @@ def engine_settings(engine: EngineConfig, dtype: str) -> dict[str, Any]:
 def percentiles(values: Sequence[float]) -> dict[str, float]:
     """Median, 95th percentile (nearest rank) and worst."""
     ordered = sorted(values)
-    rank = -(-95 * len(ordered) // 100) - 1
-    return {"median": statistics.median(ordered), "p95": ordered[rank], "worst": ordered[-1]}
+    return {"median": statistics.median(ordered), "p95": nearest_rank(ordered, 0.95), "worst": ordered[-1]}
+
+
+def nearest_rank(ordered: Sequence[float], share: float) -> float:
+    """The smallest measured value that at least this share of all does not exceed."""
+    # Rounded first: 0.95 of 20 is 19, not the next number after it.
+    return ordered[max(0, math.ceil(round(share * len(ordered), 9)) - 1)]
 
 
 def _read_cpuinfo(path: Path = _CPUINFO) -> list[dict[str, str]]:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from wemm.benchmark.charts import bars
-from wemm.benchmark.result import Result, Table, engine_settings, environment, run_dtype
+from wemm.benchmark.result import Result, Table, engine_settings, environment
 from wemm.benchmark.workload import Workload
 from wemm.config import EngineConfig
+from wemm.engine.build import run_dtype
 from wemm.engine.llm import LLM
 from wemm.platforms import resolve_platform
 from wemm.progress import terminal_bar

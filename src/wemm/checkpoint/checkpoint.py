@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,13 @@ class Checkpoint:
         """What config.json declares, else what most of the tensors are stored in."""
         stored = [tensor.dtype for tensor in self.tensors.values()]
         return self.config.dtype or STORED_DTYPES[max(set(stored), key=stored.count)]
+
+    def tensors_by_file(self) -> Mapping[Path, list[StoredTensor]]:
+        """In the order in which reading them opens every file once."""
+        by_file: dict[Path, list[StoredTensor]] = defaultdict(list)
+        for tensor in self.tensors.values():
+            by_file[tensor.file].append(tensor)
+        return by_file
 
 
 def is_preset(model: str) -> bool:
@@ -129,12 +137,12 @@ def _check_names(directory: Path, specs: Mapping[str, TensorSpec], tensors: Mapp
     unexpected = [name for name in tensors if name not in specs]
     if missing and all(is_plora(name) for name in missing) and not unexpected:
         raise CheckpointError(
-            f"{directory}: {len(missing)} PLoRA tensors missing: {_list_names(missing)}; "
+            f"{directory}: {len(missing)} PLoRA tensors missing: {list_names(missing)}; "
             "run without PLoRA only by --no-plora"
         )
-    problems = [f"{len(missing)} tensors missing: {_list_names(missing)}"] if missing else []
+    problems = [f"{len(missing)} tensors missing: {list_names(missing)}"] if missing else []
     if unexpected:
-        problems.append(f"{len(unexpected)} unexpected tensors: {_list_names(unexpected)}")
+        problems.append(f"{len(unexpected)} unexpected tensors: {list_names(unexpected)}")
     if problems:
         raise CheckpointError(f"{directory}: {'; '.join(problems)}")
 
@@ -152,10 +160,11 @@ def _check_shapes(
     ]
     if wrong:
         rank = f" (PLoRA rank from {adapter.plora.source})" if adapter and "Plora" in wrong[0] else ""
-        raise CheckpointError(f"{directory}: {len(wrong)} tensors of wrong shape: {_list_names(wrong)}{rank}")
+        raise CheckpointError(f"{directory}: {len(wrong)} tensors of wrong shape: {list_names(wrong)}{rank}")
 
 
-def _list_names(names: Iterable[str]) -> str:
+def list_names(names: Iterable[str], most: int = _NAMES_SHOWN) -> str:
+    """The first of them, and how many more there are."""
     names = list(names)
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(names[:_NAMES_SHOWN]) + more
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from wemm.checkpoint.checkpoint import Checkpoint
-from wemm.checkpoint.shards import StoredTensor, open_shard
+from wemm.checkpoint.shards import open_shard
 from wemm.checkpoint.weight_memory import empty_weight
 from wemm.distributed import SINGLE, TensorParallel
 from wemm.errors import IntegrityError
@@ -36,10 +34,7 @@ def load_weights(
     Raises CheckpointError.
     """
     owners = dict(_parameter_owners(model))
-    by_file: dict[Path, list[StoredTensor]] = defaultdict(list)
-    for tensor in checkpoint.tensors.values():
-        by_file[tensor.file].append(tensor)
-    for file, tensors in by_file.items():
+    for file, tensors in checkpoint.tensors_by_file().items():
         with open_shard(file) as shard:
             for tensor in tensors:
                 spec = checkpoint.specs[tensor.key]

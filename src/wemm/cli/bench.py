@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from wemm.benchmark.outputs import Outputs
 from wemm.benchmark.serve_config import ServeBenchmark
 from wemm.cli.options import config_options, engine_options
 from wemm.config import EngineConfig
@@ -16,8 +17,6 @@ _Words = Annotated[int, typer.Option(min=0, help="Words of each question.")]
 _OutputLen = Annotated[int, typer.Option(min=1, help="Tokens of each answer.")]
 _WorkloadSeed = Annotated[int, typer.Option(min=0, help="Seed of images and questions.")]
 _Seconds = Annotated[float, typer.Option(help="Seconds for each case of each op; one call at least.")]
-_Csv = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the table as CSV.")]
-_Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw the result (PNG, SVG, PDF).")]
 _Report = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Also write a page to read in a browser (HTML).")
 ]
@@ -34,6 +33,7 @@ def _benchmarks() -> None:
 
 
 @app.command()
+@config_options(Outputs, "outputs")
 def ops(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or any other torch device.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
@@ -43,10 +43,8 @@ def ops(
         typer.Option(metavar="MODEL", help="Whose sizes: a preset, bundled name or directory; cases: small ones."),
     ] = "wemm-chat-2k-cn",
     seconds: _Seconds = 1.0,
-    csv: _Csv = None,
-    plot: _Plot = None,
-    report: _Report = None,
-    accuracy: _Accuracy = None,
+    *,
+    outputs: Outputs,
 ) -> None:
     """Every op and kernel at the sizes of a model: time, and its share of what bandwidth or arithmetic allow.
 
@@ -55,16 +53,16 @@ def ops(
     Example: wemm bench ops --only rms_norm --shapes nano
     """
     from wemm.benchmark.ops import OpsBenchmark, run
-    from wemm.benchmark.report import Outputs, finish
+    from wemm.benchmark.report import finish
 
     settings = OpsBenchmark(device, dtype, only, shapes, seconds)
-    outputs = Outputs(csv, plot, report, accuracy)
     outputs.check()
     finish([run(settings)], outputs)
 
 
 @app.command()
 @engine_options
+@config_options(Outputs, "outputs")
 def throughput(
     requests: Annotated[int, typer.Option(min=1, help="Requests.")] = 16,
     image_size: _ImageSize = "640x480",
@@ -73,29 +71,26 @@ def throughput(
     output_len: _OutputLen = 64,
     compare: Annotated[bool, typer.Option(help="Ask the same one after another as well.")] = True,
     workload_seed: _WorkloadSeed = 0,
-    csv: _Csv = None,
-    plot: _Plot = None,
-    report: _Report = None,
-    accuracy: _Accuracy = None,
     *,
+    outputs: Outputs,
     engine: EngineConfig,
 ) -> None:
     """Requests and tokens per second with all requests under way at once.
 
     Example: wemm bench throughput --model nano --requests 16
     """
-    from wemm.benchmark.report import Outputs, finish
+    from wemm.benchmark.report import finish
     from wemm.benchmark.throughput import run
     from wemm.benchmark.workload import Workload, parse_size
 
     workload = Workload(requests, parse_size(image_size), images or requests, words, workload_seed)
-    outputs = Outputs(csv, plot, report, accuracy)
     outputs.check()
     finish([run(engine, workload, output_len, compare)], outputs)
 
 
 @app.command()
 @engine_options
+@config_options(Outputs, "outputs")
 def latency(
     batch: Annotated[int, typer.Option(min=1, help="Requests under way at once.")] = 1,
     requests: Annotated[int, typer.Option(min=1, help="Requests, filled up to whole batches.")] = 10,
@@ -107,11 +102,8 @@ def latency(
     words: _Words = 12,
     output_len: _OutputLen = 64,
     workload_seed: _WorkloadSeed = 0,
-    csv: _Csv = None,
-    plot: _Plot = None,
-    report: _Report = None,
-    accuracy: _Accuracy = None,
     *,
+    outputs: Outputs,
     engine: EngineConfig,
 ) -> None:
     """Where the time of a request goes, stage by stage, without help from caches and guesses.
@@ -121,35 +113,31 @@ def latency(
     Example: wemm bench latency --model nano --image-size 640x480
     """
     from wemm.benchmark.latency import run
-    from wemm.benchmark.report import Outputs, finish
+    from wemm.benchmark.report import finish
     from wemm.benchmark.workload import Workload, parse_size
 
     whole = -(-requests // batch) * batch
     workload = Workload(whole, parse_size(image_size), whole, words, workload_seed, image, prompt)
-    outputs = Outputs(csv, plot, report, accuracy)
     outputs.check()
     finish([run(engine, workload, output_len, batch)], outputs)
 
 
 @app.command()
+@config_options(Outputs, "outputs")
 @config_options(ServeBenchmark, "settings")
 def serve(
-    csv: _Csv = None,
-    plot: _Plot = None,
-    report: _Report = None,
-    accuracy: _Accuracy = None,
     *,
+    outputs: Outputs,
     settings: ServeBenchmark,
 ) -> None:
     """A running endpoint that speaks OpenAI's protocol, ours or another's, under requests at given rates.
 
     Example: wemm bench serve --base-url http://127.0.0.1:8000/v1 --request-rate 1,2,4
     """
-    from wemm.benchmark.report import Outputs, finish
+    from wemm.benchmark.report import finish
     from wemm.benchmark.serve import run
     from wemm.progress import terminal_bar
 
-    outputs = Outputs(csv, plot, report, accuracy)
     outputs.check()
     finish([run(settings, terminal_bar)], outputs)
 
@@ -172,9 +160,9 @@ def everything(
     Example: wemm bench all --model nano --report speed.html
     """
     from wemm.benchmark import latency, ops, throughput
-    from wemm.benchmark.report import Outputs, finish
-    from wemm.benchmark.result import run_dtype
+    from wemm.benchmark.report import finish
     from wemm.benchmark.workload import Workload, parse_size
+    from wemm.engine.build import run_dtype
 
     outputs = Outputs(report=report, accuracy=accuracy)
     outputs.check()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from wemm.cli.options import add_options, config_parameters, engine_parameters
+from wemm.cli.options import add_options, config_parameters, engine_parameters, optional_model
 from wemm.config import EngineConfig, option
 from wemm.errors import ParameterError
 from wemm.progress import terminal_bar
@@ -78,5 +78,5 @@ class ClientOptions:
 
 def client_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options of an engine and of an endpoint; it takes them as `options`."""
-    parameters = [*config_parameters(Endpoint), *engine_parameters(model_is_optional=True)]
+    parameters = [*config_parameters(Endpoint), *engine_parameters(optional_model())]
     return add_options(command, "options", parameters, ClientOptions)

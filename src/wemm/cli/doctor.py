@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from wemm.cli.options import engine_options
+from wemm.cli.options import model_and_engine_options
 from wemm.config import EngineConfig
 from wemm.progress import terminal_bar
 
 
-def _model_first(command: Callable[..., None]) -> Callable[..., None]:
-    """The model as an argument, as `wemm info` takes it; the other engine options stay options."""
-    argument = Annotated[str, typer.Argument(metavar="M", help=EngineConfig.help()["model"])]
-    signature = inspect.signature(command)
-    parameters = [
-        parameter.replace(annotation=argument) if name == "model" else parameter
-        for name, parameter in signature.parameters.items()
-    ]
-    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    command.__annotations__["model"] = argument
-    return command
-
-
-@_model_first
-@engine_options
+@model_and_engine_options
 def doctor(
     image: Annotated[
         Path | None,

@@ -54,6 +54,13 @@ def engine_options(command: Callable[..., None]) -> Callable[..., None]:
     return add_options(command, "engine", engine_parameters(), lambda given: EngineConfig(**given))
 
 
+def model_and_engine_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The same with the model as an argument, for commands that are about a model."""
+    argument = Annotated[str, typer.Argument(metavar="M", help=_MODEL_HELP)]
+    model = inspect.Parameter("model", inspect.Parameter.KEYWORD_ONLY, annotation=argument)
+    return add_options(command, "engine", engine_parameters(model), lambda given: EngineConfig(**given))
+
+
 def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the sampling options; it takes them as `sampling`."""
     return add_options(command, "sampling", _sampling_parameters(), SamplingOverrides)
@@ -95,7 +102,7 @@ def serve_options(config: type[Any]) -> Callable[[Callable[..., None]], Callable
     """Give a command every field of EngineConfig and of the server's config; it takes them as `options`."""
 
     def add(command: Callable[..., None]) -> Callable[..., None]:
-        parameters = [*config_parameters(config), *engine_parameters(model_is_optional=True)]
+        parameters = [*config_parameters(config), *engine_parameters(optional_model())]
         return add_options(command, "options", parameters, ServeOptions)
 
     return add
@@ -129,11 +136,15 @@ def add_options(
     return wrapped
 
 
-def engine_parameters(model_is_optional: bool = False) -> list[inspect.Parameter]:
-    """Every field of EngineConfig."""
-    model = _parameter("model", str | None, _MODEL_HELP, None)
+def engine_parameters(model: inspect.Parameter | None = None) -> list[inspect.Parameter]:
+    """Every field of EngineConfig, `model` in place of the one that must be given."""
     parameters = config_parameters(EngineConfig)
-    return [model if model_is_optional and p.name == "model" else p for p in parameters]
+    return [model if model is not None and p.name == "model" else p for p in parameters]
+
+
+def optional_model() -> inspect.Parameter:
+    """For commands that may find it elsewhere."""
+    return _parameter("model", str | None, _MODEL_HELP, None)
 
 
 def config_parameters(config: type[Any]) -> list[inspect.Parameter]:

@@ -19,6 +19,7 @@ from wemm.doctor.running import run_engine
 from wemm.doctor.sense import Search, agrees_with_scaling, check_sense
 from wemm.doctor.tensors import check_inventory, check_plora, check_weights, measure, refused
 from wemm.doctor.text import bundled_tokenizers, check_tokenizer
+from wemm.engine.build import resolve_dtype
 from wemm.errors import CheckpointError, MediaError, ParameterError
 from wemm.platforms import resolve_platform
 from wemm.processing.chat_template import Message
@@ -68,7 +69,7 @@ def examine(config: EngineConfig, wanted: Examination, progress: ProgressBar) ->
     checkpoint = _open(directory, config, checks)
     dtype = "unknown" if config.dtype == "auto" else config.dtype
     if checkpoint is not None:
-        dtype = platform.preferred_dtype(checkpoint.dtype) if config.dtype == "auto" else config.dtype
+        dtype = resolve_dtype(config, checkpoint.dtype, platform)
         statistics = measure(checkpoint, progress)
         checks += [check_weights(statistics, dtype), check_plora(checkpoint, statistics)]
     tokenizer = _tokenizer(directory, checks)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from wemm.checkpoint.checkpoint import list_names
 from wemm.doctor.check import FAIL, OK, WARN, Check
 from wemm.errors import StorageError
 from wemm.progress import Advance, ProgressBar
@@ -15,7 +16,6 @@ from wemm.progress import Advance, ProgressBar
 SUMS_NAME = "SHA256SUMS"
 _HUB_RECORDS = Path(".cache/huggingface/download")
 _CHUNK = 2**22
-_NAMES_SHOWN = 4
 
 
 def record_hashes(directory: Path, progress: ProgressBar) -> int:
@@ -49,7 +49,7 @@ def check_files(directory: Path, progress: ProgressBar) -> Check:
         "unrecorded": unrecorded,
     }  # fmt: skip
     if damaged or missing:
-        wrong = _list(sorted(damaged + missing))
+        wrong = list_names(sorted(damaged + missing))
         verb = "differs from" if damaged else "is missing, but stands in"
         return Check(
             "files", FAIL, f"{wrong}: {verb} what {recorded.source} records",
@@ -62,12 +62,12 @@ def check_files(directory: Path, progress: ProgressBar) -> Check:
             f"{SUMS_NAME} cannot be read: delete it, or write it anew by --record-hashes", figures,
         )  # fmt: skip
     if edited:
-        return Check("files", WARN, f"{_list(edited)} edited since the download", figures=figures)
+        return Check("files", WARN, f"{list_names(edited)} edited since the download", figures=figures)
     if not recorded.hashes:
         return Check(
             "files", OK, "hashes not recorded: --record-hashes writes them down for next time", figures=figures
         )
-    rest = f"; not recorded: {_list(unrecorded)}" if unrecorded else ""
+    rest = f"; not recorded: {list_names(unrecorded)}" if unrecorded else ""
     return Check("files", OK, f"{len(present)} files have the hashes of {recorded.source}{rest}", figures=figures)
 
 
@@ -140,8 +140,3 @@ def _checkpoint_files(directory: Path) -> list[Path]:
     names = sorted(os.listdir(directory))  # noqa: PTH208 - names are wanted
     wanted = [name for name in names if name.endswith((".safetensors", ".json")) or name == "tokenizer.model"]
     return [directory / name for name in wanted if (directory / name).is_file()]
-
-
-def _list(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(names[:_NAMES_SHOWN]) + more

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from wemm.checkpoint.checkpoint import Checkpoint
-from wemm.checkpoint.shards import StoredTensor, open_shard
+from wemm.checkpoint.checkpoint import Checkpoint, list_names
+from wemm.checkpoint.shards import open_shard
 from wemm.checkpoint.weight_map import is_plora, part_of, plora_linears
 from wemm.cost import count_parameters
 from wemm.doctor.check import FAIL, OK, SKIPPED, WARN, Check
@@ -26,7 +26,6 @@ FLOAT16_MAX = 65504.0
 _LONE_OUTLIER = 16.0
 # Of a tensor without counterparts in other layers the second comparison is missing.
 _LONE_OUTLIER_ALONE = 64.0
-_NAMES_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -64,12 +63,9 @@ def check_inventory(checkpoint: Checkpoint) -> Check:
 
 def measure(checkpoint: Checkpoint, progress: ProgressBar) -> dict[str, TensorStatistics]:
     """Statistics of every tensor, read once, one at a time."""
-    by_file: dict[Path, list[StoredTensor]] = defaultdict(list)
-    for tensor in checkpoint.tensors.values():
-        by_file[tensor.file].append(tensor)
     found = {}
     with progress("reading weights", len(checkpoint.tensors), "tensors") as advance:
-        for file, tensors in by_file.items():
+        for file, tensors in checkpoint.tensors_by_file().items():
             with open_shard(file) as shard:
                 for tensor in tensors:
                     found[tensor.key] = tensor_statistics(tensor.key, shard.get_tensor(tensor.name))
@@ -102,7 +98,7 @@ def check_weights(found: Mapping[str, TensorStatistics], dtype: str) -> Check:
     }  # fmt: skip
     problems = []
     if nonfinite:
-        problems.append((f"NaN or Inf in {_list(nonfinite)}", "the file is damaged: fetch it again"))
+        problems.append((f"NaN or Inf in {list_names(nonfinite)}", "the file is damaged: fetch it again"))
     if outliers:
         s = outliers[0]
         problems.append((
@@ -110,9 +106,9 @@ def check_weights(found: Mapping[str, TensorStatistics], dtype: str) -> Check:
             "looks like a flipped bit: fetch the file again",
         ))  # fmt: skip
     if zeros:
-        problems.append((f"{_list(zeros)} is all zero", "never written: convert or fetch the file again"))
+        problems.append((f"{list_names(zeros)} is all zero", "never written: convert or fetch the file again"))
     if too_large:
-        problems.append((f"{_list(too_large)} does not fit into float16", "use --dtype bfloat16"))
+        problems.append((f"{list_names(too_large)} does not fit into float16", "use --dtype bfloat16"))
     if problems:
         detail, remedy = problems[0]
         return Check("weights", FAIL, "; ".join(text for text, _ in problems), f"{detail}; {remedy}", figures)
@@ -176,7 +172,7 @@ def check_plora(checkpoint: Checkpoint, found: Mapping[str, TensorStatistics]) -
     if dead:
         which = "all" if len(dead) == len(linears) else f"{len(dead)} of"
         return Check(
-            "PLoRA", FAIL, f"{which} {len(linears)} linears have a factor of zeros: {_list(dead)}",
+            "PLoRA", FAIL, f"{which} {len(linears)} linears have a factor of zeros: {list_names(dead)}",
             "PLoRA is present but has no effect, its factors are zero: the files were written without it; "
             "fetch or convert the checkpoint again", figures,
         )  # fmt: skip
@@ -202,8 +198,3 @@ def stated_elsewhere(checkpoint: Checkpoint) -> float | None:
 def refused(error: CheckpointError) -> Check:
     """A directory that does not open."""
     return Check("tensors", FAIL, str(error), str(error))
-
-
-def _list(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(names[:_NAMES_SHOWN]) + more

@@ -202,8 +202,20 @@ def check(config: EngineConfig, source: Source, tokenizer: Tokenizer) -> None:
             )
 
 
+def resolve_dtype(config: EngineConfig, declared: str, platform: Platform) -> str:
+    """The dtype to compute in, for a checkpoint that declares one."""
+    return platform.preferred_dtype(declared) if config.dtype == "auto" else config.dtype
+
+
+def run_dtype(config: EngineConfig) -> str:
+    """The same for a model that is not loaded. Raises what finding it raises."""
+    if config.dtype != "auto":
+        return config.dtype
+    return resolve_dtype(config, find_source(config).dtype, resolve_platform(config.device))
+
+
 def _plan(config: EngineConfig, source: Source, platform: Platform) -> tuple[MemoryPlan, str]:
-    dtype = platform.preferred_dtype(source.dtype) if config.dtype == "auto" else config.dtype
+    dtype = resolve_dtype(config, source.dtype, platform)
     size, available = config.tensor_parallel_size, platform.available_memory()
     if available is not None and platform.ranks_share_memory:
         available //= size

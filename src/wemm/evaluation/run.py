@@ -86,14 +86,15 @@ def evaluate(
     """
     samples = load_samples(settings.data, settings.limit)
     questions = [settings.question(sample, sampling) for sample in samples]
-    _forget_summary(settings)
     started = time.perf_counter()
-    running = _RunningMean(samples, settings.scoring)
+    scored = _Scores(samples, settings.scoring)
     target = settings.samples_file
     asked = {**client_settings, **_asked(settings, sampling)}
     with Journal(target, asked, settings.resume, settings.overwrite) as journal:
-        answers = answer_all(client, questions, journal, progress, running.describe, running.hear)
-        scores = [score(sample, answer) for sample, answer in zip(samples, answers, strict=True)]
+        # That of an earlier run must not stand beside half of this one.
+        (settings.output / "summary.json").unlink(missing_ok=True)
+        answers = answer_all(client, questions, journal, progress, scored.describe, scored.hear)
+        scores = scored.in_order()
         journal.publish(_line(*one, settings, sampling) for one in zip(samples, answers, scores, strict=True))
     errors = [answer.error for answer in answers if answer.error is not None]
     if len(errors) == len(answers):
@@ -104,23 +105,30 @@ def evaluate(
     return Evaluation(samples, answers, scores, summary)
 
 
-class _RunningMean:
-    """The accuracy so far, for the bar."""
+class _Scores:
+    """Every answer scored once, as it is heard; and the mean so far, for the bar."""
 
     def __init__(self, samples: Sequence[Sample], scoring: str) -> None:
         self._samples = samples
         self._scoring = scoring
-        self._scores: list[Score] = []
-        self._said = "textvqa"
+        self._scores: dict[int, Score] = {}
+        self._total = 0.0
+        self._num_scored = 0
 
     def hear(self, place: int, answer: Answer) -> None:
-        self._scores.append(score(self._samples[place], answer))
-        accuracy = mean(self._scores, self._scoring)
-        if accuracy.num_scored:
-            self._said = f"textvqa, {100 * accuracy.accuracy:.2f} % so far"
+        one = self._scores[place] = score(self._samples[place], answer)
+        value = getattr(one, self._scoring)
+        if value is not None:
+            self._total += value
+            self._num_scored += 1
 
     def describe(self) -> str:
-        return self._said
+        if not self._num_scored:
+            return "textvqa"
+        return f"textvqa, {100 * self._total / self._num_scored:.2f} % so far"
+
+    def in_order(self) -> list[Score]:
+        return [self._scores[place] for place in range(len(self._samples))]
 
 
 def _summary(
@@ -172,12 +180,6 @@ def _line(
         "scores": asdict(scored),
         **answer.record(),
     }
-
-
-def _forget_summary(settings: TextVqaSettings) -> None:
-    """That of an earlier run must not stand beside half of this one."""
-    if settings.overwrite:
-        (settings.output / "summary.json").unlink(missing_ok=True)
 
 
 def _write(path: Path, summary: Mapping[str, Any]) -> None:

@@ -120,7 +120,7 @@ def _engine(model: ModelSettings, task: TaskSettings) -> EngineConfig:
 
 
 def _place(model: ModelSettings, task: TaskSettings, options: Options, engine: EngineConfig) -> Place:
-    from wemm.benchmark.result import run_dtype
+    from wemm.engine.build import run_dtype
     from wemm.platforms import resolve_platform
 
     device = resolve_platform(engine.device).device.type

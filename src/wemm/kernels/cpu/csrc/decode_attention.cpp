@@ -6,7 +6,19 @@
 #ifndef WEMM_COMPILING_FOR_ISA
 
 #include <algorithm>
+#include <cstdint>
 #include <vector>
+
+namespace wemm {
+
+constexpr std::int64_t kPiece = 64;  // keys
+constexpr int kTogether = 4;         // query heads that share a pass over a key
+
+struct Heads {
+  std::int64_t num_kv_heads, group, head_dim, block_size;
+};
+
+}  // namespace wemm
 
 #define WEMM_THIS_FILE "decode_attention.cpp"
 #include "foreach_isa.h"
@@ -14,9 +26,6 @@
 
 namespace wemm {
 namespace {
-
-using portable::Heads;
-using portable::kPiece;
 
 struct Job {
   std::int64_t seq, first, last;
@@ -51,9 +60,8 @@ void decode(const Tensor& query, const Tensor& key, const Tensor& value,
 #pragma omp for schedule(dynamic)
     for (std::int64_t j = 0; j < num_jobs; ++j) {
       const Job& job = jobs[j];
-      attend(key.data<T>(), value.data<T>(), tables[job.seq].data(), heads.num_kv_heads, heads.group, heads.head_dim,
-             heads.block_size, job.first, job.last, wide.data() + job.seq * width, scores.data(),
-             pieces.data() + j * width, maxima.data() + j * num_heads, sums.data() + j * num_heads);
+      attend(key.data<T>(), value.data<T>(), tables[job.seq].data(), heads, job.first, job.last,
+             wide.data() + job.seq * width, scores.data(), pieces.data() + j * width, maxima.data() + j * num_heads, sums.data() + j * num_heads);
     }
 #pragma omp for schedule(static)
     for (std::int64_t row = 0; row < num_rows; ++row) {
@@ -89,13 +97,6 @@ void decode_attention(const TensorArgument& query_argument, const TensorArgument
 }  // namespace wemm
 
 #else
-
-constexpr std::int64_t kPiece = 64;  // keys
-constexpr int kTogether = 4;         // query heads that share a pass over a key
-
-struct Heads {
-  std::int64_t num_kv_heads, group, head_dim, block_size;
-};
 
 // Calls visit(i, row) with the keys, or values, of all KV heads at positions first..last.
 template <typename T, typename Visit>
@@ -164,10 +165,10 @@ WEMM_INLINE void each_head(std::int64_t group, Four visit4, One visit1) {
 
 // One piece, all heads. query, out: float32 [num_heads, head_dim]; out is not divided by the sums.
 template <typename T>
-void attend_piece(const T* key_cache, const T* value_cache, const std::int64_t* blocks, std::int64_t num_kv_heads,
-                  std::int64_t group, std::int64_t head_dim, std::int64_t block_size, std::int64_t first,
-                  std::int64_t last, const float* query, float* scores, float* out, float* maxima, float* sums) {
-  const Heads heads{num_kv_heads, group, head_dim, block_size};
+void attend_piece(const T* key_cache, const T* value_cache, const std::int64_t* blocks, const Heads& heads,
+                  std::int64_t first, std::int64_t last, const float* query, float* scores, float* out, float* maxima,
+                  float* sums) {
+  const std::int64_t num_kv_heads = heads.num_kv_heads, group = heads.group, head_dim = heads.head_dim;
   each_row(key_cache, blocks, heads, first, last, [&](std::int64_t i, const T* keys) __attribute__((always_inline)) {
     for (std::int64_t kv = 0; kv < num_kv_heads; ++kv) {
       const T* key = keys + kv * head_dim;
