@@ -58,7 +58,11 @@ def test_every_op_runs_at_the_sizes_of_nano(name):
 def test_flops_of_the_ops_add_up_to_the_closed_form_of_a_prefill(shapes):
     config, rows, text = shapes.config, shapes.num_prompt_tokens, shapes.config.text
     label = f"prefill {rows}, {shapes.num_image_tokens} image"
-    linears = {name: _work("plora_linear", f"{name}, {label}", shapes)[0] for name in ("wqkv", "wo", "w1", "w2")}
+    linears = {
+        name: _work("linear", f"{name}, prefill {rows}", shapes)[0]
+        + _work("add_plora", f"{name}, {label}", shapes)[0]
+        for name in ("wqkv", "wo", "w1", "w2")
+    }
     attention = _work("prefill_attention", f"prefill {rows}", shapes)[0]
     layer = sum(linears.values()) + linears["w1"] + attention  # w3 is like w1
     logits = _work("linear", "output, decode 1", shapes)[0]
@@ -111,7 +115,7 @@ def test_a_product_reads_its_weight_and_writes_its_result():
 
 def test_without_plora_its_op_has_no_sizes():
     bare = dataclasses.replace(SHAPES, plora=None)
-    assert OPS["plora_linear"].model_cases(_Sizes(torch.bfloat16), bare) == {}
+    assert OPS["add_plora"].model_cases(_Sizes(torch.bfloat16), bare) == {}
 
 
 @pytest.mark.parametrize(

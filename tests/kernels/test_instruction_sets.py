@@ -29,14 +29,14 @@ SEEDS = st.integers(0, 2**31)
 FUZZ = settings(max_examples=40, deadline=None, derandomize=True)
 
 
-@pytest.fixture(params=[0, 1, 2], ids=["portable", "AVX2", "AVX-512"])
+@pytest.fixture(params=[0, 1, 2, 3], ids=["portable", "AVX2", "AVX-512", "AMX"])
 def isa(request):
     """No better than this; a machine that has less runs what it has, and the test says the same again."""
     from wemm.kernels.cpu import _kernels
 
     _kernels.limit_isa(request.param)
     yield
-    _kernels.limit_isa(2)
+    _kernels.limit_isa(3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -53,7 +53,7 @@ def test_the_instruction_sets_differ():
     arguments = q, k, v, torch.arange(20).int().unsqueeze(0), torch.tensor([300]).int(), 0.125
     results = []
     with torch.inference_mode(), decode_attention.using("cpp"):
-        for limit in (0, 2):
+        for limit in (0, 3):
             _kernels.limit_isa(limit)
             results.append(decode_attention(*arguments))
     torch.testing.assert_close(*results)

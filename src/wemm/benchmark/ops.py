@@ -17,7 +17,7 @@ import wemm.ops
 from wemm.benchmark.ceilings import Ceilings, Timing, describe, time_calls
 from wemm.benchmark.charts import roofline
 from wemm.benchmark.result import Result, Table, environment
-from wemm.checkpoint.weight_memory import empty_weight
+from wemm.checkpoint.weight_memory import empty_quantized, empty_weight
 from wemm.config import DTYPES, EngineConfig, ModelConfig, PloraConfig
 from wemm.cost import image_cost
 from wemm.engine.build import find_source
@@ -26,6 +26,7 @@ from wemm.kernels import load_kernels
 from wemm.ops.registry import DEFINITION, OPS, Inputs, LazyCases, ModelShapes, Op, tensor_bytes
 from wemm.platforms import Platform, resolve_platform
 from wemm.progress import terminal_bar
+from wemm.quantization import SCHEMES
 
 DEFAULT_SHAPES = "wemm-chat-2k-cn"
 PARITY_CASES = "cases"
@@ -226,6 +227,9 @@ class _Sizes(Inputs):
     def normal(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
         return torch.empty(shape, dtype=self.dtype, device="meta")
 
+    def quantized(self, scheme: str, out_size: int, in_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return empty_quantized(SCHEMES[scheme], out_size, in_size, torch.device("meta"))
+
 
 class _RepeatedNumbers(Inputs):
     """The same million numbers again and again: gigabytes in no time. Speed does not depend on them."""
@@ -238,6 +242,13 @@ class _RepeatedNumbers(Inputs):
         for piece in result.view(-1).split(_BLOCK_SIZE):
             piece.copy_(block[: len(piece)])
         return result
+
+    def quantized(self, scheme: str, out_size: int, in_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        weight, scale = empty_quantized(SCHEMES[scheme], out_size, in_size, self.device)
+        block = torch.randint(0, 256, (_BLOCK_SIZE,), dtype=torch.uint8, generator=self._generator)
+        for piece in weight.view(torch.uint8).view(-1).split(_BLOCK_SIZE):
+            piece.copy_(block[: len(piece)])
+        return weight, scale.fill_(1e-3)
 
 
 _ABOVE = "more than 100 %: what fits into a cache comes from there; or the machine was busy beside every probe"

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from wemm.quantization import Scheme
+
 _HUGE_PAGE = 2**21
 # Smaller ones would leave too much of their last page empty.
 _SMALLEST = 2 * _HUGE_PAGE
@@ -26,3 +28,11 @@ def empty_weight(shape: Sequence[int], dtype: torch.dtype, device: torch.device)
     start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _HUGE_PAGE
     # The tensor keeps the mapping, and is what ends it.
     return torch.frombuffer(memory, dtype=dtype, count=size.numel(), offset=start).view(size)
+
+
+def empty_quantized(
+    scheme: Scheme, out_size: int, in_size: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The uninitialised integers and scale of a weight [out, in]."""
+    weight = empty_weight(scheme.weight_shape(out_size, in_size), scheme.weight_dtype, device)
+    return weight, torch.empty(scheme.scale_shape(out_size, in_size), dtype=scheme.scale_dtype, device=device)

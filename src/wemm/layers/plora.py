@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from wemm.distributed import TensorParallel
-from wemm.ops.linear import linear
-from wemm.ops.plora_linear import plora_linear
+from wemm.layers.linear import QuantizableLinear
+from wemm.ops.add_plora import add_plora
+from wemm.quantization import Scheme
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,10 @@ class PloraSpec:
     scaling: float
 
 
-class _PloraLinear(nn.Module):
-    def __init__(self, in_size: int, out_size: int, plora: PloraSpec | None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_size, in_size))
+class _PloraLinear(QuantizableLinear):
+    # The factors stay in the model's dtype whatever the base is stored in.
+    def __init__(self, in_size: int, out_size: int, plora: PloraSpec | None, scheme: Scheme | None) -> None:
+        super().__init__(in_size, out_size, bias=False, scheme=scheme)
         self.scaling = plora.scaling if plora else 0.0
         self.plora_a: nn.Parameter | None = None
         self.plora_b: nn.Parameter | None = None
@@ -40,31 +41,42 @@ class _PloraLinear(nn.Module):
 
     def forward(self, x: torch.Tensor, image_rows: torch.Tensor | None) -> torch.Tensor:
         """[num_tokens, in] → [num_tokens, out]; image_rows: int64 [num_image_tokens], None for none."""
+        y = self.product(x)
         if image_rows is None or self.plora_a is None or self.plora_b is None:
-            return linear(x, self.weight)
-        return plora_linear(x, self.weight, self.plora_a, self.plora_b, self.scaling, image_rows)
+            return y
+        return add_plora(y, x, self.plora_a, self.plora_b, self.scaling, image_rows)
 
 
 class ColumnParallelPloraLinear(_PloraLinear):
     """Every rank computes its share of the outputs."""
 
-    shard_dims: ClassVar[Mapping[str, int]] = {"weight": 0, "plora_b": 0}
+    shard_dims: ClassVar[Mapping[str, int]] = {"weight": 0, "weight_scale": 0, "plora_b": 0}
 
     def __init__(
-        self, in_size: int, out_size: int, plora: PloraSpec | None, tensor_parallel: TensorParallel
+        self,
+        in_size: int,
+        out_size: int,
+        plora: PloraSpec | None,
+        tensor_parallel: TensorParallel,
+        scheme: Scheme | None = None,
     ) -> None:
-        super().__init__(in_size, tensor_parallel.length(out_size), plora)
+        super().__init__(in_size, tensor_parallel.length(out_size), plora, scheme)
 
 
 class RowParallelPloraLinear(_PloraLinear):
     """Every rank takes its share of the inputs; the results are summed over ranks."""
 
-    shard_dims: ClassVar[Mapping[str, int]] = {"weight": 1, "plora_a": 1}
+    shard_dims: ClassVar[Mapping[str, int]] = {"weight": 1, "weight_scale": 1, "plora_a": 1}
 
     def __init__(
-        self, in_size: int, out_size: int, plora: PloraSpec | None, tensor_parallel: TensorParallel
+        self,
+        in_size: int,
+        out_size: int,
+        plora: PloraSpec | None,
+        tensor_parallel: TensorParallel,
+        scheme: Scheme | None = None,
     ) -> None:
-        super().__init__(tensor_parallel.length(in_size), out_size, plora)
+        super().__init__(tensor_parallel.length(in_size), out_size, plora, scheme)
         self._tensor_parallel = tensor_parallel
 
     def forward(self, x: torch.Tensor, image_rows: torch.Tensor | None) -> torch.Tensor:

@@ -34,7 +34,8 @@ def _model_cases(inputs: Inputs, shapes: ModelShapes) -> LazyCases:
     cases = {f"{name}, decode 1": partial(case, 1, *shape) for name, shape in decoder.items()}
     cases["output, decode 1"] = partial(case, 1, text.vocab_size, hidden)
     cases |= {f"w1, decode {n}": partial(case, n, wide, hidden) for n in shapes.decode_batches if n > 1}
-    cases[f"w1, prefill {shapes.num_prompt_tokens}"] = partial(case, shapes.num_prompt_tokens, wide, hidden)
+    prompt = shapes.num_prompt_tokens
+    cases |= {f"{name}, prefill {prompt}": partial(case, prompt, *shape) for name, shape in decoder.items()}
     patches, width, mlp = shapes.num_patches, vision.hidden_size, vision.intermediate_size
     cases[f"q_proj, tower {patches}"] = partial(case, patches, width, width, bias=True)
     cases[f"fc1, tower {patches}"] = partial(case, patches, mlp, width, bias=True)

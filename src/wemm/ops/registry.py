@@ -19,6 +19,7 @@ import torch
 
 from wemm.config import ModelConfig, PloraConfig
 from wemm.errors import ParameterError
+from wemm.quantization import SCHEMES
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -63,6 +64,10 @@ class Inputs:
     def normal(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
         """Normal numbers in the case's dtype."""
         return (torch.randn(shape, generator=self._generator) * scale).to(self.device, self.dtype)
+
+    def quantized(self, scheme: str, out_size: int, in_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A weight of unit-normal rows / sqrt(in_size), in one of quantization.SCHEMES: integers and scale."""
+        return SCHEMES[scheme].quantize(self.normal(out_size, in_size, scale=in_size**-0.5))
 
     def float32(self, *shape: int) -> torch.Tensor:
         """Uniform numbers in [-1, 1), float32 in every case."""

@@ -9,7 +9,7 @@ from wemm.kernels.cpu.tensors import as_argument
 from wemm.ops.vision_attention import vision_attention
 
 MAX_HEAD_DIM = 256
-AUTOMATIC = not _kernels.has_amx_bf16()
+AUTOMATIC = _kernels.isa() < 3
 """On matrix tiles torch's attention is faster: docs/performance.md."""
 
 

@@ -7,7 +7,6 @@
 #include <cstring>
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#include <cpuid.h>
 #include <immintrin.h>
 // One instruction set, written in its own words: not a case for foreach_isa.h.
 #define WEMM_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
@@ -209,16 +208,6 @@ void pack_queries(const Query* queries, int num_queries, int head_dim, std::uint
 
 }  // namespace
 
-bool has_avx512_bf16() {
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
-
-bool has_amx_bf16() {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 22 & 1) != 0;
-}
-
 std::vector<float> flash_scratch(int head_dim) {
   return std::vector<float>(kQueryBlock * (head_dim / 2 + head_dim + kKeyBlock / 2) + 16);
 }
@@ -264,8 +253,6 @@ WEMM_AVX512_BF16 void flash_attention(const PackedHead& head, const Query* queri
 
 #else
 
-bool has_avx512_bf16() { return false; }
-bool has_amx_bf16() { return false; }
 std::vector<float> flash_scratch(int) { return {}; }
 void flash_attention(const PackedHead&, const Query*, int, float, float*) {}
 

@@ -3,7 +3,8 @@
 
 namespace wemm {
 
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
+// amx: AVX-512 and matrix tiles of bfloat16 and int8 (amx.h).
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, amx = 3 };
 
 // The best that this machine has, or less if `limit_isa` said so.
 Isa isa();
@@ -11,12 +12,16 @@ Isa isa();
 // For tests: no better than this from now on.
 void limit_isa(int isa);
 
+// AVX-512 with products of pairs of bfloat16; of four int8.
+bool has_avx512_bf16();
+bool has_avx512_vnni();
+
 }  // namespace wemm
 
 // The version of a function that was compiled for this machine.
 #if defined(__x86_64__) && defined(__GNUC__)
 #define WEMM_BEST(function)                                      \
-  (::wemm::isa() == ::wemm::Isa::avx512 ? ::wemm::avx512::function \
+  (::wemm::isa() >= ::wemm::Isa::avx512 ? ::wemm::avx512::function \
    : ::wemm::isa() == ::wemm::Isa::avx2 ? ::wemm::avx2::function   \
                                         : ::wemm::portable::function)
 #else

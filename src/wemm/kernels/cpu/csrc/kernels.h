@@ -38,10 +38,4 @@ void decode_attention(const TensorArgument& query, const TensorArgument& key_cac
                       const std::vector<std::vector<std::int64_t>>& tables, const std::vector<std::int64_t>& seq_lens,
                       float scale, const TensorArgument& out);
 
-// True if the flash attention kernels can run on this machine.
-bool has_avx512_bf16();
-
-// True if torch's own products run on matrix tiles, which these kernels do not use.
-bool has_amx_bf16();
-
 }  // namespace wemm

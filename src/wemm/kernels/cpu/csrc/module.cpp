@@ -28,7 +28,8 @@ NB_MODULE(_kernels, m) {
   m.def("decode_attention", &wemm::decode_attention, nb::arg("query"), nb::arg("key_cache"), nb::arg("value_cache"),
         nb::arg("block_tables"), nb::arg("seq_lens"), nb::arg("scale"), nb::arg("out"),
         nb::call_guard<nb::gil_scoped_release>());
-  m.def("limit_isa", &wemm::limit_isa, nb::arg("isa"), "No better than 0 portable, 1 AVX2, 2 AVX-512.");
+  m.def("limit_isa", &wemm::limit_isa, nb::arg("isa"), "No better than 0 portable, 1 AVX2, 2 AVX-512, 3 AMX.");
+  m.def("isa", [] { return static_cast<int>(wemm::isa()); }, "What runs, in the numbers of limit_isa.");
   m.def("has_avx512_bf16", &wemm::has_avx512_bf16);
-  m.def("has_amx_bf16", &wemm::has_amx_bf16);
+  m.def("has_avx512_vnni", &wemm::has_avx512_vnni);
 }

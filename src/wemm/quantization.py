@@ -1,0 +1,169 @@
+"""How a weight is stored in fewer bits: the two schemes, what they keep per weight, and the way there and back.
+
+A quantised weight W [out, in] is integers times scales. Activations stay in the dtype of the model; the ops that
+multiply them (ops/linear_int8.py, ops/linear_int4.py) round them to int8 token by token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from wemm.errors import ParameterError
+
+INT4_GROUP = 128
+"""Inputs that share a scale in int4."""
+_INT4_ZERO = 8
+
+
+class Scheme(Protocol):
+    """One way to store a weight: `weight` holds the integers, `scale` what they are multiplied by."""
+
+    name: str
+    weight_dtype: torch.dtype
+    scale_dtype: torch.dtype
+    group: int | None
+    """Inputs that share a scale; None: all of a row."""
+
+    def weight_shape(self, out_size: int, in_size: int) -> tuple[int, ...]:
+        """Of `weight`, for W [out, in]."""
+
+    def scale_shape(self, out_size: int, in_size: int) -> tuple[int, ...]:
+        """Of `scale`."""
+
+    def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """W [out, in], any float dtype → weight, scale."""
+
+    def dequantize(self, weight: torch.Tensor, scale: torch.Tensor, in_size: int) -> torch.Tensor:
+        """→ float32 [out, in]."""
+
+
+class Int8:
+    """A scale per row; integers in [-127, 127]."""
+
+    name = "int8"
+    weight_dtype = torch.int8
+    scale_dtype = torch.float32
+    group: int | None = None
+
+    def weight_shape(self, out_size: int, in_size: int) -> tuple[int, ...]:
+        """int8 [out, in]."""
+        return out_size, in_size
+
+    def scale_shape(self, out_size: int, in_size: int) -> tuple[int, ...]:
+        """float32 [out]."""
+        return (out_size,)
+
+    def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The largest of a row becomes 127."""
+        quantized, scale = quantize_rows(weight)
+        return quantized.to(torch.int8), scale.squeeze(-1)
+
+    def dequantize(self, weight: torch.Tensor, scale: torch.Tensor, in_size: int) -> torch.Tensor:
+        """→ float32 [out, in]."""
+        return weight.to(torch.float32) * scale.unsqueeze(-1)
+
+
+class Int4:
+    """A scale per row and group of 128 inputs; integers in [-8, 7], two to a byte.
+
+    Byte j of a group holds element j in its low half and element 64 + j in its high half, each plus 8, so that one
+    mask and one shift make two runs of 64. The last group is filled up with zeros.
+    """
+
+    name = "int4"
+    weight_dtype = torch.uint8
+    scale_dtype = torch.bfloat16
+    group: int | None = INT4_GROUP
+
+    def weight_shape(self, out_size: int, in_size: int) -> tuple[int, ...]:
+        """uint8 [out, 64 * groups]."""
+        return out_size, num_groups(in_size) * INT4_GROUP // 2
+
+    def scale_shape(self, out_size: int, in_size: int) -> tuple[int, ...]:
+        """bfloat16 [out, groups]."""
+        return out_size, num_groups(in_size)
+
+    def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The integers and scales with the least squared error among a few candidates per group."""
+        groups = F.pad(weight.to(torch.float32), (0, -weight.shape[-1] % INT4_GROUP)).unflatten(
+            -1, (-1, INT4_GROUP)
+        )
+        scale = _least_error_scale(groups)
+        return pack_int4(_round_int4(groups, scale)), scale
+
+    def dequantize(self, weight: torch.Tensor, scale: torch.Tensor, in_size: int) -> torch.Tensor:
+        """→ float32 [out, in]."""
+        return (unpack_int4(weight) * scale.to(torch.float32).unsqueeze(-1)).flatten(-2)[..., :in_size]
+
+
+SCHEMES: Mapping[str, Scheme] = {"int8": Int8(), "int4": Int4()}
+
+
+def scheme_of(name: str | None) -> Scheme | None:
+    """By name; None: none. Raises ParameterError."""
+    if name is None:
+        return None
+    if name not in SCHEMES:
+        raise ParameterError(f"quantization must be {' or '.join(SCHEMES)}. Given: {name!r}")
+    return SCHEMES[name]
+
+
+def num_groups(in_size: int) -> int:
+    """Groups of an int4 row."""
+    return -(-in_size // INT4_GROUP)
+
+
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[n, size] → integers in [-127, 127] as float32 [n, size], and their scale float32 [n, 1].
+
+    The largest of a row becomes 127, halves go to the even neighbour. A row of zeros has scale 0; one that holds
+    NaN or Inf becomes NaN as a whole.
+    """
+    x = x.to(torch.float32)
+    largest = x.abs().amax(-1, keepdim=True)
+    integers = torch.round(x * (127.0 / largest))
+    return torch.where(largest == 0, torch.zeros_like(x), integers), largest / 127.0
+
+
+def pack_int4(integers: torch.Tensor) -> torch.Tensor:
+    """[out, groups, 128] in [-8, 7] → uint8 [out, 64 * groups]."""
+    low, high = (integers + _INT4_ZERO).to(torch.uint8).chunk(2, -1)
+    return (low | high << 4).flatten(-2)
+
+
+def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
+    """The way back, as float32."""
+    groups = packed.unflatten(-1, (-1, INT4_GROUP // 2))
+    return torch.cat((groups & 15, groups >> 4), -1).to(torch.float32) - _INT4_ZERO
+
+
+def _round_int4(groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    inverse = 1 / scale.to(torch.float32).unsqueeze(-1)
+    return torch.round(groups * inverse.nan_to_num(0, 0, 0)).clamp_(-8, 7)
+
+
+# What the element furthest from zero is divided by. Its sign goes into the scale, so that it may become -8; to
+# clip it (below 8) or to leave it between two integers often costs less than it saves for the others.
+_INT4_RANGES = (-8.0, -7.6, -7.2, -6.8, -8.4, 7.0)
+
+
+def _least_error_scale(groups: torch.Tensor) -> torch.Tensor:
+    """[out, groups, 128] → bfloat16 [out, groups]."""
+    furthest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    best = torch.zeros_like(furthest, dtype=torch.bfloat16)
+    least = torch.full_like(furthest, torch.inf)
+    for extent in _INT4_RANGES:
+        scale = (furthest / extent).to(torch.bfloat16)
+        for _ in range(2):  # the second time with the scale that suits these integers best
+            integers = _round_int4(groups, scale)
+            error = (groups - integers * scale.to(torch.float32).unsqueeze(-1)).square().sum(-1)
+            better = error < least
+            best, least = torch.where(better, scale, best), torch.where(better, error, least)
+            scale = (
+                ((groups * integers).sum(-1) / integers.square().sum(-1)).nan_to_num(0, 0, 0).to(torch.bfloat16)
+            )
+    return best
