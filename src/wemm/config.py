@@ -17,6 +17,8 @@ from typing import Any
 from wemm.errors import ParameterError
 
 DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZATIONS = ("int8", "int4")
+VISION_QUANTIZATIONS = ("int8",)
 
 PLORA_LINEARS = ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 """The linears of every decoder layer that carry PLoRA, by checkpoint name."""
@@ -132,6 +134,50 @@ def _match_pattern(pattern: Mapping[str, Any], linear: str, default: Any) -> Any
 
 
 @dataclass(frozen=True)
+class QuantizationConfig:
+    """Which weights are stored in fewer bits (quantization.py); None: in the model's dtype.
+
+    Norms, embeddings, the output head, PLoRA's factors and the downsampler never are.
+    """
+
+    language: str | None = None
+    """Scheme of the decoder's linears."""
+    vision: str | None = None
+    """Scheme of the vision tower's linears."""
+
+    def __post_init__(self) -> None:
+        for part, given, known in (
+            ("quantization", self.language, QUANTIZATIONS),
+            ("vision_quantization", self.vision, VISION_QUANTIZATIONS),
+        ):
+            if given not in (None, *known):
+                raise ParameterError(f"{part} must be {' or '.join(known)}. Given: {given!r}")
+
+    def over(self, stored: QuantizationConfig) -> QuantizationConfig:
+        """This on top of what a checkpoint already is. Raises ParameterError where it is something else."""
+        for option, asked, there in (
+            ("quantization", self.language, stored.language),
+            ("vision_quantization", self.vision, stored.vision),
+        ):
+            if asked is not None and there not in (None, asked):
+                raise ParameterError(
+                    f"{option} {asked!r}: the checkpoint is already quantised to {there}; leave the option out, "
+                    "or give the float checkpoint"
+                )
+        return QuantizationConfig(self.language or stored.language, self.vision or stored.vision)
+
+    def __bool__(self) -> bool:
+        return self.language is not None or self.vision is not None
+
+    def __str__(self) -> str:
+        parts = {"language model": self.language, "vision tower": self.vision}
+        return ", ".join(f"{part} {scheme}" for part, scheme in parts.items() if scheme) or "none"
+
+
+UNQUANTIZED = QuantizationConfig()
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Everything config.json says about the network."""
 
@@ -142,6 +188,8 @@ class ModelConfig:
     num_separators: int
     dtype: str | None = None
     """The dtype the files declare, if they do."""
+    quantization: QuantizationConfig = UNQUANTIZED
+    """How the files store weights that were quantised ahead of time."""
     lora_cfg: PloraConfig | None = None
     """text_config.lora_cfg, used where there is no adapter_config.json."""
 
@@ -189,6 +237,12 @@ class EngineConfig:
         "auto",
         "auto, float32, bfloat16 or float16. auto: the checkpoint's own; on a CPU bfloat16 for float16.",
     )
+    quantization: str | None = option(
+        None,
+        "int8 or int4: how the decoder's weights are kept, PLoRA as it is; float weights are quantised while they "
+        "load. Default: as the checkpoint has them.",
+    )
+    vision_quantization: str | None = option(None, "int8: the same for the vision tower.")
     device: str = option("auto", "auto, cpu, cuda, cuda:1 or any other torch device. auto: cuda if present.")
     tensor_parallel_size: int = option(1, "Ranks that share the weights: 1, 2, 4 or 8.")
     max_model_len: int | None = option(
@@ -231,6 +285,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *DTYPES):
             raise ParameterError(f"dtype must be auto, {', '.join(DTYPES)}. Given: {self.dtype!r}")
+        _ = self.asked_quantization  # says what is wrong with it
         if self.load_format not in ("auto", "dummy"):
             raise ParameterError(f"load_format must be auto or dummy. Given: {self.load_format!r}")
         if self.tensor_parallel_size not in TENSOR_PARALLEL_SIZES or self.tensor_parallel_size is True:
@@ -254,6 +309,11 @@ class EngineConfig:
                 raise ParameterError(f"{name} must be an integer >= {least}. Given: {value!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
             raise ParameterError(f"seed must be an integer in [0, 2^32). Given: {self.seed!r}")
+
+    @property
+    def asked_quantization(self) -> QuantizationConfig:
+        """What the options ask for, whatever the checkpoint is. Raises ParameterError."""
+        return QuantizationConfig(self.quantization, self.vision_quantization)
 
     @classmethod
     def help(cls) -> dict[str, str]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from wemm.checkpoint.weight_map import TensorSpec, part_of
-from wemm.config import PLORA_LINEARS, ModelConfig, PloraConfig
+from wemm.config import PLORA_LINEARS, UNQUANTIZED, ModelConfig, PloraConfig, QuantizationConfig
 from wemm.errors import InsufficientMemoryError
 from wemm.processing.image_processor import ImagePlan, ImageProcessor
 
@@ -21,6 +21,8 @@ def count_parameters(specs: Iterable[TensorSpec]) -> dict[str, int]:
     """Parameters by part (vision_tower, downsampler, separators, language_model, plora)."""
     counts: Counter[str] = Counter()
     for spec in specs:
+        if spec.is_scale:
+            continue
         size = 1
         for length in spec.shape:
             size *= length
@@ -124,7 +126,7 @@ _IMAGE_CACHE = 2**28
 
 def plan_memory(
     config: ModelConfig,
-    num_parameters: int,
+    weights: int,
     dtype: str,
     available: int | None,
     max_model_len: int | None,
@@ -135,12 +137,12 @@ def plan_memory(
     kv_cache_memory: int | None,
     image_cache_memory: int | None = 0,
     num_ranks: int = 1,
+    quantization: QuantizationConfig = UNQUANTIZED,
 ) -> MemoryPlan:
     """Size the caches of one rank, and max_model_len if it is open. Raises InsufficientMemoryError with the plan.
 
-    `num_parameters`, `available` and the memory options are those of one of `num_ranks` ranks.
+    `weights` (bytes), `available` and the memory options are those of one of `num_ranks` ranks.
     """
-    weights = num_parameters * DTYPE_BYTES[dtype]
     image_cache = image_cache_memory
     if image_cache is None:
         image_cache = _IMAGE_CACHE if available is None else min(_IMAGE_CACHE, available // 16)
@@ -165,9 +167,11 @@ def plan_memory(
         num_blocks = min(wanted_blocks, max(free // 2 // per_block, least_blocks))
     needed = weights + activations + image_cache + num_blocks * per_block
     if available is not None and needed > available:
+        stored = f"{dtype}; {quantization}" if quantization else dtype
         smaller = " use --dtype bfloat16," if dtype == "float32" else ""
+        smaller = smaller or ("" if quantization.language == "int4" else " use --quantization int4,")
         raise InsufficientMemoryError(
-            f"not enough memory: weights {_size(weights)} ({dtype}) + activations {_size(activations)} + KV "
+            f"not enough memory: weights {_size(weights)} ({stored}) + activations {_size(activations)} + KV "
             f"cache {_size(num_blocks * per_block)} ({num_blocks * block_size} tokens) + image cache "
             f"{_size(image_cache)} = {_size(needed)}, but "
             f"{_size(available)} are available;{smaller} lower --max-model-len or --kv-cache-memory, "

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -174,7 +175,9 @@ def test_what_was_written_is_read_back(tiny, tmp_path, monkeypatch):
 
     write = module._write_shard
     monkeypatch.setattr(
-        module, "_write_shard", lambda path, tensors, dtype, advance: write(path, tensors, "float32", advance)
+        module,
+        "_write_shard",
+        lambda path, tensors, form, advance: write(path, tensors, replace(form, dtype="float32"), advance),
     )
     with pytest.raises(StorageError, match="was not written as it should be; check the disk"):
         convert(tiny, tmp_path / "out", "float16")

@@ -7,6 +7,7 @@ import torch
 
 from wemm.checkpoint.checkpoint import BUNDLED_DIRECTORY, open_checkpoint, read_config
 from wemm.doctor.numerics import _check_tokens
+from wemm.doctor.stages import Depth, Precision
 from wemm.doctor.tensors import check_weights, measure, tensor_statistics
 from wemm.doctor.text import check_tokenizer
 from wemm.processing.tokenizer import IM_END, Tokenizer
@@ -121,10 +122,10 @@ def _logits(*best):
 
 def test_first_tokens_equal_near_and_different(tokenizer):
     logits = _logits(700, 701, 702)
-    assert _check_tokens([700, 701, 702], logits, tokenizer, "float32", 10).status == "ok"
-    assert _check_tokens([700, 0, 702], logits, tokenizer, "float32", 10).status == "fail"
+    assert _check_tokens([700, 701, 702], logits, tokenizer, Precision("float32"), Depth(10)).status == "ok"
+    assert _check_tokens([700, 0, 702], logits, tokenizer, Precision("float32"), Depth(10)).status == "fail"
     logits[1, 0] = 10.0 - 1e-5
-    check = _check_tokens([700, 0, 702], logits, tokenizer, "float32", 10)
+    check = _check_tokens([700, 0, 702], logits, tokenizer, Precision("float32"), Depth(10))
     assert check.status == "warn"
     assert check.figures["first_difference"]["position"] == 1
     assert check.figures["first_difference"]["float32_token_id"] == 701
@@ -133,5 +134,5 @@ def test_first_tokens_equal_near_and_different(tokenizer):
 def test_a_clear_difference_is_not_hidden_by_an_earlier_near_tie(tokenizer):
     logits = _logits(700, 701)
     logits[0, 0] = 10.0 - 1e-5
-    check = _check_tokens([0, 0], logits, tokenizer, "float32", 10)
+    check = _check_tokens([0, 0], logits, tokenizer, Precision("float32"), Depth(10))
     assert (check.status, check.figures["first_difference"]["position"]) == ("fail", 1)

@@ -9,11 +9,12 @@ import torch
 
 from wemm import LLM
 from wemm.checkpoint.checkpoint import BUNDLED_DIRECTORY, open_checkpoint
+from wemm.config import QuantizationConfig
 from wemm.doctor import reference as reference_module
 from wemm.doctor.canaries import CANARIES, Scorer, conversation
 from wemm.doctor.counterfactuals import candidates, explains, try_out
 from wemm.doctor.reference import Reference, Sample
-from wemm.doctor.stages import compare, limit
+from wemm.doctor.stages import Depth, Precision, compare
 from wemm.doctor.text import INTERNLM2_VOCAB_SIZE, check_tokenizer
 from wemm.processing.tokenizer import Tokenizer
 from wemm.request import SamplingParams
@@ -116,8 +117,15 @@ def test_a_change_ends_with_its_block(checkpoint, reference):
 
 
 def test_the_limit_grows_with_depth_and_with_the_rounding():
-    assert limit("float32", 60) == 1e-4
-    assert limit("float16", 10) < limit("bfloat16", 10) < limit("bfloat16", 60) < 0.2
+    def limit(dtype, depth, **schemes):
+        return Precision(dtype, QuantizationConfig(**schemes)).limit(depth)
+
+    shallow, deep = Depth(10, 4, 4), Depth(60, 27, 32)
+    assert limit("float32", deep) == 1e-4
+    assert limit("float16", shallow) < limit("bfloat16", shallow) < limit("bfloat16", deep) < 0.2
+    assert limit("float32", shallow) < limit("float32", shallow, language="int8") < 0.05
+    assert limit("float32", shallow, language="int8") < limit("float32", shallow, language="int4")
+    assert limit("bfloat16", Depth(10, 4, 0), language="int4") == limit("bfloat16", Depth(10, 4, 0))
 
 
 def test_one_bad_row_is_seen():
@@ -125,11 +133,11 @@ def test_one_bad_row_is_seen():
     torch.manual_seed(0)
     oracle = torch.randn(50_000, 64)
     given = oracle.clone()
-    assert compare("x", given, oracle, "bfloat16", 1).is_ok
+    assert compare("x", given, oracle, allowed=0.014).is_ok
     given[500] = torch.randn(64)
-    assert not compare("x", given, oracle, "bfloat16", 1).is_ok
+    assert not compare("x", given, oracle, allowed=0.014).is_ok
     given[500] = float("nan")
-    assert not compare("x", given, oracle, "bfloat16", 1).is_ok
+    assert not compare("x", given, oracle, allowed=0.014).is_ok
 
 
 def test_a_vocabulary_of_internlm2s_size_must_be_internlm2s(checkpoint, monkeypatch):

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wemm.checkpoint.shards import StoredTensor, read_json, stored_tensors
+from wemm.checkpoint.json_file import read_json
+from wemm.checkpoint.shards import StoredTensor, stored_tensors
 from wemm.checkpoint.weight_map import is_plora
 from wemm.config import ModelConfig, PloraConfig
 from wemm.errors import CheckpointError, ConfigError

@@ -8,9 +8,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from wemm.checkpoint.adapter import Adapter, find_adapter
 from wemm.checkpoint.config_file import parse_config
-from wemm.checkpoint.shards import STORED_DTYPES, StoredTensor, read_json, stored_tensors
+from wemm.checkpoint.json_file import read_json
+from wemm.checkpoint.shards import (
+    QUANTIZED_DTYPES,
+    STORED_DTYPES,
+    StoredTensor,
+    open_shard,
+    stored_tensors,
+)
 from wemm.checkpoint.weight_map import TensorSpec, expected_tensors, is_plora
 from wemm.config import PRESETS, ModelConfig, PloraConfig
 from wemm.errors import CheckpointError, ConfigError, ModelNotFoundError, ParameterError
@@ -41,8 +50,22 @@ class Checkpoint:
     @property
     def dtype(self) -> str:
         """What config.json declares, else what most of the tensors are stored in."""
-        stored = [tensor.dtype for tensor in self.tensors.values()]
+        stored = [tensor.dtype for tensor in self.tensors.values() if tensor.dtype in STORED_DTYPES]
         return self.config.dtype or STORED_DTYPES[max(set(stored), key=stored.count)]
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor in float32, whichever way it is stored. Raises CheckpointError."""
+        spec = self.specs[name]
+        value = self._stored(name)
+        if spec.scheme is None or spec.is_scale:
+            return value.to(torch.float32)
+        return spec.scheme.dequantize(value, self._stored(spec.scale_name), spec.shape[1])
+
+    def _stored(self, name: str) -> torch.Tensor:
+        stored = self.tensors[name]
+        with open_shard(stored.file) as shard:
+            value: torch.Tensor = shard.get_tensor(stored.name)
+        return value
 
     def tensors_by_file(self) -> Mapping[Path, list[StoredTensor]]:
         """In the order in which reading them opens every file once."""
@@ -126,9 +149,10 @@ def open_checkpoint(directory: Path, use_plora: bool = True) -> Checkpoint:
     tensors = {name: tensor for name, tensor in own.items() if not is_plora(name)}
     if adapter is not None:
         tensors.update(adapter.tensors)
-    specs = expected_tensors(config, adapter.plora if adapter else None)
+    specs = expected_tensors(config, adapter.plora if adapter else None, config.quantization)
     _check_names(directory, specs, tensors)
     _check_shapes(directory, specs, tensors, adapter)
+    _check_dtypes(directory, specs, tensors)
     return Checkpoint(directory, config, adapter, tensors, specs)
 
 
@@ -154,13 +178,32 @@ def _check_shapes(
     adapter: Adapter | None,
 ) -> None:
     wrong = [
-        f"{name} is {list(tensors[name].shape)} but must be {list(spec.shape)}"
+        f"{name} is {list(tensors[name].shape)} but must be {list(spec.stored_shape)}"
         for name, spec in specs.items()
-        if tensors[name].shape != spec.shape
+        if tensors[name].shape != spec.stored_shape
     ]
     if wrong:
         rank = f" (PLoRA rank from {adapter.plora.source})" if adapter and "Plora" in wrong[0] else ""
         raise CheckpointError(f"{directory}: {len(wrong)} tensors of wrong shape: {list_names(wrong)}{rank}")
+
+
+def _check_dtypes(directory: Path, specs: Mapping[str, TensorSpec], tensors: Mapping[str, StoredTensor]) -> None:
+    wrong = [name for name, spec in specs.items() if tensors[name].dtype not in allowed_dtypes(spec)]
+    if wrong:
+        first = wrong[0]
+        raise CheckpointError(
+            f"{directory}: {len(wrong)} tensors of wrong dtype: {list_names(wrong)}; {first} is "
+            f"{tensors[first].dtype} and must be {' or '.join(allowed_dtypes(specs[first]))} by config.json"
+        )
+
+
+def allowed_dtypes(spec: TensorSpec) -> tuple[str, ...]:
+    """What the file may call the dtype of a tensor."""
+    if spec.scheme is None:
+        return tuple(STORED_DTYPES)
+    dtype = spec.scheme.scale_dtype if spec.is_scale else spec.scheme.weight_dtype
+    known = {**STORED_DTYPES, **QUANTIZED_DTYPES}
+    return tuple(stored for stored, name in known.items() if getattr(torch, name) == dtype)
 
 
 def list_names(names: Iterable[str], most: int = _NAMES_SHOWN) -> str:

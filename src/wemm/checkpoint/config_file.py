@@ -10,10 +10,14 @@ from typing import Any
 
 from wemm.config import (
     DTYPES,
+    QUANTIZATIONS,
+    UNQUANTIZED,
+    VISION_QUANTIZATIONS,
     DownsamplerConfig,
     ImageConfig,
     ModelConfig,
     PloraConfig,
+    QuantizationConfig,
     RopeScaling,
     TextConfig,
     VisionConfig,
@@ -43,6 +47,7 @@ def parse_config(data: Mapping[str, Any], source: str = "config.json") -> ModelC
         num_separators=root.section("spliter_emb_config").integer("num_embeddings"),
         dtype=_read_dtype(root),
         lora_cfg=_read_lora_cfg(root.section("text_config")),
+        quantization=_read_quantization(root),
     )
     separator_dim = root.section("spliter_emb_config").integer("embedding_dim")
     for name, given, expected in (
@@ -119,6 +124,7 @@ _REQUIRED = object()
 _MAX_LAYERS = 1024
 _MAX_NUMBER = 1e30
 _MAX_EDGE = 16384
+_QUANT_METHOD = "wemm"
 
 
 def _read_vision(section: _Section) -> VisionConfig:
@@ -222,3 +228,27 @@ def _read_lora_cfg(text: _Section) -> PloraConfig | None:
     if "lora_r" not in lora.data and "lora_alpha" not in lora.data:
         return None
     return PloraConfig(lora.integer("lora_r"), lora.number("lora_alpha"), source="config.json: lora_cfg")
+
+
+def quantization_section(quantization: QuantizationConfig) -> dict[str, Any]:
+    """quantization_config of config.json; `parse_config` reads it back."""
+    parts = {"language_model": quantization.language, "vision_tower": quantization.vision}
+    return {"quant_method": _QUANT_METHOD, **{part: scheme for part, scheme in parts.items() if scheme}}
+
+
+def _read_quantization(root: _Section) -> QuantizationConfig:
+    if root.data.get("quantization_config") is None:
+        return UNQUANTIZED
+    section = root.section("quantization_config")
+    method = section.text("quant_method", "")
+    if method != _QUANT_METHOD:
+        raise section.fail(
+            "quant_method", f"must be {_QUANT_METHOD}: weights quantised by others are not read; "
+            "take the float checkpoint and quantise it by `wemm quantize`",
+        )  # fmt: skip
+    schemes = {}
+    for key, known in (("language_model", QUANTIZATIONS), ("vision_tower", VISION_QUANTIZATIONS)):
+        schemes[key] = section.text(key, "") or None
+        if schemes[key] not in (None, *known):
+            raise section.fail(key, f"must be {' or '.join(known)}")
+    return QuantizationConfig(schemes["language_model"], schemes["vision_tower"])

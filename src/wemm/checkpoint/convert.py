@@ -1,4 +1,4 @@
-"""Hub checkpoint → renamed checkpoint: one spelling, one dtype, every side file written.
+"""Hub checkpoint → renamed checkpoint: one spelling, one dtype, quantised if asked, every side file written.
 
 Tensor by tensor, so memory stays below one shard. The result appears under its final name complete
 or not at all.
@@ -7,27 +7,41 @@ or not at all.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
+import math
 import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from wemm.checkpoint.adapter import ADAPTER_CONFIG_NAME, ADAPTER_ID, ADAPTER_MAP_NAME
 from wemm.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from wemm.checkpoint.shards import INDEX_NAME, STORED_DTYPES, StoredTensor, open_shard, read_json, stored_tensors
-from wemm.checkpoint.weight_map import expected_tensors, plora_linears
-from wemm.config import DTYPES, PloraConfig
+from wemm.checkpoint.config_file import quantization_section
+from wemm.checkpoint.json_file import read_json
+from wemm.checkpoint.shards import (
+    INDEX_NAME,
+    QUANTIZED_DTYPES,
+    STORED_DTYPES,
+    StoredTensor,
+    open_shard,
+    stored_tensors,
+)
+from wemm.checkpoint.weight_map import TensorSpec, expected_tensors, plora_linears
+from wemm.config import DTYPES, UNQUANTIZED, PloraConfig, QuantizationConfig
 from wemm.errors import ParameterError, StorageError
 from wemm.progress import Advance, ProgressBar, silent
 
-_STORED = {name: stored for stored, name in STORED_DTYPES.items()}
+_STORED = {getattr(torch, name): stored for stored, name in {**STORED_DTYPES, **QUANTIZED_DTYPES}.items()}
+DIGEST_KEY = "sha256"
+"""In a written file's metadata: of its tensors, which is all behind the header."""
 _WRITTEN_HERE = (INDEX_NAME, "config.json", ADAPTER_CONFIG_NAME, ADAPTER_MAP_NAME)
 _SIDE_FILES = ("*.json", "tokenizer.model", "LICENSE*", "README*")
 _HEADER_ROOM = 2**20
@@ -43,34 +57,91 @@ class Converted:
     num_shards: int
 
 
+@dataclass(frozen=True)
+class _NewTensor:
+    """One tensor to write."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What the tensors of a checkpoint become."""
+
+    checkpoint: Checkpoint
+    dtype: str
+    """Of all that is not quantised."""
+    quantization: QuantizationConfig
+
+    @cached_property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Every tensor of the result."""
+        return expected_tensors(self.checkpoint.config, self.checkpoint.plora, self.quantization)
+
+    def of(self, tensor: StoredTensor) -> list[_NewTensor]:
+        """What is written for one tensor of the source: itself, or integers and their scale."""
+        spec = self.specs[tensor.key]
+        specs = [spec, self.specs[spec.scale_name]] if self._quantizes(spec) else [spec]
+        return [_NewTensor(s.name, self._dtype(s), s.stored_shape) for s in specs]
+
+    def values(self, tensor: StoredTensor, value: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Their numbers, in the same order."""
+        spec = self.specs[tensor.key]
+        if spec.scheme is not None and self._quantizes(spec):
+            return spec.scheme.quantize(value)
+        return [value.to(self._dtype(spec))]
+
+    def _quantizes(self, spec: TensorSpec) -> bool:
+        return spec.scheme is not None and self.checkpoint.specs[spec.name].scheme is None
+
+    def _dtype(self, spec: TensorSpec) -> torch.dtype:
+        if spec.scheme is None:
+            dtype: torch.dtype = getattr(torch, self.dtype)
+            return dtype
+        return spec.scheme.scale_dtype if spec.is_scale else spec.scheme.weight_dtype
+
+
 def convert(
-    source: Path, target: Path, dtype: str | None = None, force: bool = False, progress: ProgressBar = silent
+    source: Path,
+    target: Path,
+    dtype: str | None = None,
+    force: bool = False,
+    progress: ProgressBar = silent,
+    quantization: QuantizationConfig = UNQUANTIZED,
 ) -> Converted:
     """Write `source` to `target` with renamed tensors in `dtype` (default: the source's own).
 
+    Weights that `quantization` names are quantised; those that already are stay as they are.
     Raises CheckpointError if the source is not complete, StorageError if the target exists (unless
     `force`), the disk is too small or refuses.
     """
     if dtype not in (None, *DTYPES):
         raise ParameterError(f"dtype must be {', '.join(DTYPES)}. Given: {dtype!r}")
     checkpoint = open_checkpoint(source)
-    dtype = dtype or checkpoint.dtype
+    form = _Form(checkpoint, dtype or checkpoint.dtype, quantization.over(checkpoint.config.quantization))
     target = Path(os.path.expanduser(target)).absolute()  # noqa: PTH111 - leaves an unknown ~user alone
     _check_target(checkpoint, target, force)
     with _storage_errors(target), _new_directory(target, force) as partial:
-        _check_free_space(checkpoint, dtype, partial)
         shards = _plan_shards(checkpoint)
-        total = sum(_num_bytes(t, dtype) for tensors in shards.values() for t in tensors)
-        with progress("converting", total, "bytes") as advance:
+        new = {name: [new for t in tensors for new in form.of(t)] for name, tensors in shards.items()}
+        total = sum(tensor.num_bytes for tensors in new.values() for tensor in tensors)
+        _check_free_space(checkpoint, total, partial)
+        with progress("quantising" if quantization else "converting", total, "bytes") as advance:
             for name, tensors in shards.items():
-                _write_shard(partial / name, tensors, dtype, advance)
+                _write_shard(partial / name, tensors, form, advance)
         _write_json(partial / INDEX_NAME, {
             "metadata": {"total_size": total},
-            "weight_map": {t.key: name for name, tensors in sorted(shards.items()) for t in tensors},
+            "weight_map": {t.name: name for name, tensors in sorted(new.items()) for t in tensors},
         })  # fmt: skip
-        _write_side_files(checkpoint, dtype, partial, target)
-        _verify(partial, checkpoint, dtype)
-    return Converted(target, len(checkpoint.tensors), total, len(shards))
+        _write_side_files(form, partial, target)
+        _verify(partial, form)
+    return Converted(target, len(form.specs), total, len(shards))
 
 
 def _check_target(checkpoint: Checkpoint, target: Path, force: bool) -> None:
@@ -129,8 +200,8 @@ def _replace(target: Path, partial: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _check_free_space(checkpoint: Checkpoint, dtype: str, directory: Path) -> None:
-    needed = sum(_num_bytes(tensor, dtype) for tensor in checkpoint.tensors.values()) + _HEADER_ROOM
+def _check_free_space(checkpoint: Checkpoint, num_bytes: int, directory: Path) -> None:
+    needed = num_bytes + _HEADER_ROOM
     needed += sum(path.stat().st_size for path in _side_files(checkpoint.directory))
     free = shutil.disk_usage(directory).free
     if free < needed:
@@ -152,42 +223,51 @@ def _plan_shards(checkpoint: Checkpoint) -> dict[str, list[StoredTensor]]:
     return shards
 
 
-def _num_bytes(tensor: StoredTensor, dtype: str) -> int:
-    size = torch.empty((), dtype=getattr(torch, dtype)).element_size()
-    for length in tensor.shape:
-        size *= length
-    return size
-
-
-def _write_shard(path: Path, tensors: list[StoredTensor], dtype: str, advance: Advance) -> None:
+def _write_shard(path: Path, tensors: list[StoredTensor], form: _Form, advance: Advance) -> None:
     # safetensors' own save_file wants the whole shard in memory; the format is a length, a JSON
     # header and the data, so it is written here and read back by the library in _verify.
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    metadata = {"format": "pt", DIGEST_KEY: "0" * 64}
+    if form.quantization:
+        metadata["quantization"] = str(form.quantization)
+    header: dict[str, object] = {"__metadata__": metadata}
     offset = 0
-    for tensor in tensors:
-        end = offset + _num_bytes(tensor, dtype)
-        header[tensor.key] = {
-            "dtype": _STORED[dtype],
-            "shape": list(tensor.shape),
+    for new in (new for tensor in tensors for new in form.of(tensor)):
+        end = offset + new.num_bytes
+        header[new.name] = {
+            "dtype": _STORED[new.dtype],
+            "shape": list(new.shape),
             "data_offsets": [offset, end],
         }
         offset = end
+    digest = hashlib.sha256()
+    with path.open("wb") as out, open_shard(tensors[0].file) as shard:
+        out.write(_encoded(header))
+        for tensor in tensors:
+            for value in form.values(tensor, shard.get_tensor(tensor.name)):
+                data = value.contiguous().view(-1).view(torch.uint8).numpy().data
+                digest.update(data)
+                out.write(data)
+                advance(data.nbytes)
+        metadata[DIGEST_KEY] = digest.hexdigest()  # as long as what stands there
+        out.seek(0)
+        out.write(_encoded(header))
+
+
+def _encoded(header: Mapping[str, object]) -> bytes:
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as out, open_shard(tensors[0].file) as shard:
-        out.write(struct.pack("<Q", len(encoded)) + encoded)
-        for tensor in tensors:
-            value = shard.get_tensor(tensor.name).to(getattr(torch, dtype)).contiguous()
-            out.write(value.view(-1).view(torch.uint8).numpy())
-            advance(value.numel() * value.element_size())
+    return struct.pack("<Q", len(encoded)) + encoded
 
 
-def _write_side_files(checkpoint: Checkpoint, dtype: str, partial: Path, target: Path) -> None:
+def _write_side_files(form: _Form, partial: Path, target: Path) -> None:
+    checkpoint, dtype = form.checkpoint, form.dtype
     for path in _side_files(checkpoint.directory):
         shutil.copyfile(path, partial / path.name)
     config = read_json(checkpoint.directory / "config.json")
     config |= {"model_type": "wemm", "torch_dtype": dtype, "tokenizer_path": str(target)}
     config["text_config"] = {**config["text_config"], "torch_dtype": dtype}
+    if form.quantization:
+        config["quantization_config"] = quantization_section(form.quantization)
     config.pop("auto_map", None)  # names code files of the hub that are not copied and never run
     _write_json(partial / "config.json", config)
     assert checkpoint.plora is not None  # opened with PLoRA
@@ -212,13 +292,12 @@ def _side_files(directory: Path) -> list[Path]:
     return sorted(path for path in found if path.name not in _WRITTEN_HERE)
 
 
-def _verify(directory: Path, source: Checkpoint, dtype: str) -> None:
+def _verify(directory: Path, form: _Form) -> None:
     """Read the result's headers back: complete, and every tensor in the dtype asked for."""
-    expected = expected_tensors(source.config, source.plora)
     stored = stored_tensors(directory)
-    for name, spec in expected.items():
-        tensor = stored.get(name)
-        if tensor is None or tensor.shape != spec.shape or tensor.dtype != _STORED[dtype]:
+    for new in (new for tensor in form.checkpoint.tensors.values() for new in form.of(tensor)):
+        name, tensor = new.name, stored.get(new.name)
+        if tensor is None or tensor.shape != new.shape or tensor.dtype != _STORED[new.dtype]:
             raise StorageError(f"{directory}: {name} was not written as it should be; check the disk")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,13 +11,15 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from wemm.checkpoint.json_file import read_json
 from wemm.checkpoint.weight_map import canonical_name
 from wemm.errors import CheckpointError, ConfigError
 
 INDEX_NAME = "model.safetensors.index.json"
-MAX_JSON_BYTES = 64 * 2**20
 STORED_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
-"""What a file calls the dtypes that can be loaded, and our names."""
+"""What a file calls the dtypes of weights, and our names."""
+QUANTIZED_DTYPES = {"I8": "int8", "U8": "uint8"}
+"""The same for the integers of quantised weights."""
 
 
 @dataclass(frozen=True)
@@ -30,19 +31,6 @@ class StoredTensor:
     file: Path
     dtype: str
     shape: tuple[int, ...]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of the checkpoint. Raises ConfigError."""
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ConfigError(f"{path}: larger than {MAX_JSON_BYTES} bytes, not a config file")
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: must hold a JSON object")
-    return data
 
 
 @contextmanager
@@ -103,7 +91,7 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
                     raise CheckpointError(
                         f"{tensor.key} is stored twice: in {found[tensor.key].file.name} and {path.name}"
                     )
-                if tensor.dtype not in STORED_DTYPES:
+                if tensor.dtype not in (*STORED_DTYPES, *QUANTIZED_DTYPES):
                     raise CheckpointError(
                         f"{path}: {name} has dtype {tensor.dtype}; {', '.join(STORED_DTYPES)} can be loaded"
                     )

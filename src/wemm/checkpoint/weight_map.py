@@ -5,9 +5,12 @@ The odd spellings of the original (`spliter`, `Plora_A`, `original_linear`) live
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
-from wemm.config import PLORA_LINEARS, ModelConfig, PloraConfig
+from wemm.config import PLORA_LINEARS, UNQUANTIZED, ModelConfig, PloraConfig, QuantizationConfig
+from wemm.quantization import Scheme, scheme_of
 
 _LAYER = "language_model.model.layers.{i}"
 _VISION_LAYER = "vision_tower.encoder.layers.{i}"
@@ -54,6 +57,10 @@ _LANGUAGE = [
     ("language_model.model.norm.weight", "language_model.norm.weight", ("hidden",)),
     ("language_model.output.weight", "language_model.output.weight", ("vocab", "hidden")),
 ]  # fmt: skip
+SCALE_SUFFIX = "_scale"
+"""Behind the name of a quantised weight: its scale, in the checkpoint as in our model."""
+_VISION_LINEAR = re.compile(r"vision_tower\.encoder\.layers\.\d+\.(self_attn|mlp)\.\w+\.weight")
+_LANGUAGE_LINEAR = re.compile(rf"language_model\.model\.layers\.\d+\.({'|'.join(PLORA_LINEARS)})\.weight")
 PLORA_FACTORS = {".Plora_A.weight": ".plora_a", ".Plora_B.weight": ".plora_b"}
 
 
@@ -66,6 +73,23 @@ class TensorSpec:
     parameter: str
     """Its name in our model."""
     shape: tuple[int, ...]
+    """Of the weight, or of the weight that this is the scale of."""
+    scheme: Scheme | None = None
+    """How it is quantised; None: it is not."""
+    is_scale: bool = False
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """In the file and in our model."""
+        if self.scheme is None:
+            return self.shape
+        out_size, in_size = self.shape
+        return (self.scheme.scale_shape if self.is_scale else self.scheme.weight_shape)(out_size, in_size)
+
+    @property
+    def scale_name(self) -> str:
+        """The tensor that holds the scale of this one."""
+        return self.name + SCALE_SUFFIX
 
 
 def canonical_name(name: str) -> str:
@@ -96,7 +120,9 @@ def plora_linear_name(layer: int, linear: str) -> str:
     return f"{_LAYER.format(i=layer)}.{linear}"
 
 
-def expected_tensors(config: ModelConfig, plora: PloraConfig | None) -> dict[str, TensorSpec]:
+def expected_tensors(
+    config: ModelConfig, plora: PloraConfig | None, quantization: QuantizationConfig = UNQUANTIZED
+) -> dict[str, TensorSpec]:
     """Every tensor of a complete checkpoint by its renamed name; `plora` None leaves the factors out."""
     dims = _dims(config)
     rows = [(row, config.vision.num_hidden_layers) for row in _VISION]
@@ -119,7 +145,23 @@ def expected_tensors(config: ModelConfig, plora: PloraConfig | None) -> dict[str
             rank, parameter = plora.rank(linear), weight.parameter.removesuffix(".weight")
             specs.append(TensorSpec(f"{linear}.Plora_A.weight", f"{parameter}.plora_a", (rank, in_size)))
             specs.append(TensorSpec(f"{linear}.Plora_B.weight", f"{parameter}.plora_b", (out_size, rank)))
-    return {spec.name: spec for spec in specs}
+    return {spec.name: spec for unquantized in specs for spec in _quantized(unquantized, quantization)}
+
+
+def scheme_for(name: str, quantization: QuantizationConfig) -> Scheme | None:
+    """How the tensor of a renamed name is stored."""
+    if _LANGUAGE_LINEAR.fullmatch(name):
+        return scheme_of(quantization.language)
+    return scheme_of(quantization.vision) if _VISION_LINEAR.fullmatch(name) else None
+
+
+def _quantized(spec: TensorSpec, quantization: QuantizationConfig) -> Iterator[TensorSpec]:
+    scheme = scheme_for(spec.name, quantization)
+    if scheme is None:
+        yield spec
+        return
+    yield replace(spec, scheme=scheme)
+    yield TensorSpec(spec.scale_name, spec.parameter + SCALE_SUFFIX, spec.shape, scheme, is_scale=True)
 
 
 def _dims(config: ModelConfig) -> dict[str, int]:

@@ -16,7 +16,7 @@ import typer
 from typer.main import get_command
 
 from wemm import __version__
-from wemm.cli import batch, bench, chat, convert, doctor, generate, info, serve
+from wemm.cli import batch, bench, chat, convert, doctor, generate, info, quantize, serve
 from wemm.cli import eval as evaluation
 from wemm.errors import ClientError, WemmError
 
@@ -34,6 +34,7 @@ app.command("serve")(serve.serve)
 app.command("info")(info.info)
 app.command("doctor")(doctor.doctor)
 app.command("convert")(convert.convert)
+app.command("quantize")(quantize.quantize)
 app.add_typer(evaluation.app, name="eval")
 app.add_typer(bench.app, name="bench")
 

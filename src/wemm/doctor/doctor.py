@@ -17,6 +17,7 @@ from wemm.doctor.numerics import check_numerics
 from wemm.doctor.reference import Reference
 from wemm.doctor.running import run_engine
 from wemm.doctor.sense import Search, agrees_with_scaling, check_sense
+from wemm.doctor.stages import Precision
 from wemm.doctor.tensors import check_inventory, check_plora, check_weights, measure, refused
 from wemm.doctor.text import bundled_tokenizers, check_tokenizer
 from wemm.engine.build import resolve_dtype
@@ -162,4 +163,5 @@ def _numerics(
     if isinstance(run, Check):
         return [run]
     reference = Reference(model.checkpoint, torch.device("cpu"))
-    return check_numerics(run, prompt, reference, model.tokenizer, model.dtype, wanted.quick, progress)
+    precision = Precision(model.dtype, model.config.asked_quantization.over(model.checkpoint.config.quantization))
+    return check_numerics(run, prompt, reference, model.tokenizer, precision, wanted.quick, progress)

@@ -1,4 +1,4 @@
-"""Are the files the ones that were published: SHA256SUMS, and what the hub's client wrote down."""
+"""Are the files the ones that were published: by SHA256SUMS, the hub's client, or their own words."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from wemm.checkpoint.checkpoint import list_names
+from wemm.checkpoint.convert import DIGEST_KEY
+from wemm.checkpoint.shards import open_shard
 from wemm.doctor.check import FAIL, OK, WARN, Check
-from wemm.errors import StorageError
+from wemm.errors import CheckpointError, StorageError
 from wemm.progress import Advance, ProgressBar
 
 SUMS_NAME = "SHA256SUMS"
@@ -22,7 +25,7 @@ def record_hashes(directory: Path, progress: ProgressBar) -> int:
     """Write SHA256SUMS, as `sha256sum -c` reads it. Returns the number of files. Raises StorageError."""
     paths = _checkpoint_files(directory)
     with progress("hashing", sum(path.stat().st_size for path in paths), "bytes") as advance:
-        lines = [f"{_digest(path, hashlib.sha256(), advance)}  {path.name}\n" for path in paths]
+        lines = [f"{_file_digest(path, hashlib.sha256(), advance)}  {path.name}\n" for path in paths]
     target, partial = directory / SUMS_NAME, directory / f".{SUMS_NAME}.partial"
     try:
         partial.write_text("".join(lines), encoding="utf-8")
@@ -39,20 +42,23 @@ def check_files(directory: Path, progress: ProgressBar) -> Check:
     paths = [directory / name for name in recorded.hashes]
     missing = [path.name for path in paths if not path.is_file()]
     present = [path for path in paths if path.is_file()]
-    with progress("hashing files", sum(path.stat().st_size for path in present), "bytes") as advance:
+    own = {path: digest for path in _unrecorded(directory, recorded) if (digest := _own_digest(path))}
+    with progress("hashing files", sum(path.stat().st_size for path in (*present, *own)), "bytes") as advance:
         differing = [path.name for path in present if not _matches(path, recorded.hashes[path.name], advance)]
+        differing += [path.name for path, digest in own.items() if _tensors_digest(path, advance) != digest]
     edited = [name for name in differing if recorded.by_hub and name.endswith(".json")]
     damaged = [name for name in differing if name not in edited]
-    unrecorded = [path.name for path in _checkpoint_files(directory) if path.name not in recorded.hashes]
+    unrecorded = [path.name for path in _unrecorded(directory, recorded) if path not in own]
+    source = recorded.source or ("the files themselves" if own else None)
     figures = {
-        "source": recorded.source, "checked": len(present), "differing": differing, "missing": missing,
+        "source": source, "checked": len(present) + len(own), "differing": differing, "missing": missing,
         "unrecorded": unrecorded,
     }  # fmt: skip
     if damaged or missing:
         wrong = list_names(sorted(damaged + missing))
         verb = "differs from" if damaged else "is missing, but stands in"
         return Check(
-            "files", FAIL, f"{wrong}: {verb} what {recorded.source} records",
+            "files", FAIL, f"{wrong}: {verb} what is recorded by {source}",
             f"{wrong} is not the file that was published (damaged, cut short, or edited): fetch it again",
             figures,
         )  # fmt: skip
@@ -63,17 +69,19 @@ def check_files(directory: Path, progress: ProgressBar) -> Check:
         )  # fmt: skip
     if edited:
         return Check("files", WARN, f"{list_names(edited)} edited since the download", figures=figures)
-    if not recorded.hashes:
+    if source is None:
         return Check(
             "files", OK, "hashes not recorded: --record-hashes writes them down for next time", figures=figures
         )
     rest = f"; not recorded: {list_names(unrecorded)}" if unrecorded else ""
-    return Check("files", OK, f"{len(present)} files have the hashes of {recorded.source}{rest}", figures=figures)
+    return Check(
+        "files", OK, f"{len(present) + len(own)} files have the hashes of {source}{rest}", figures=figures
+    )
 
 
 def sha256(path: Path) -> str:
     """Of a whole file, in hexadecimal."""
-    return _digest(path, hashlib.sha256(), lambda num_bytes: None)
+    return _file_digest(path, hashlib.sha256(), lambda num_bytes: None)
 
 
 class _Recorded:
@@ -121,18 +129,44 @@ def _hub_hashes(directory: Path) -> Iterator[tuple[str, str]]:
             yield path.name, known
 
 
+def _unrecorded(directory: Path, recorded: _Recorded) -> list[Path]:
+    return [path for path in _checkpoint_files(directory) if path.name not in recorded.hashes]
+
+
+def _own_digest(path: Path) -> str | None:
+    """What a file that was converted or quantised says of its tensors."""
+    if path.suffix != ".safetensors":
+        return None
+    try:
+        with open_shard(path) as shard:
+            return (shard.metadata() or {}).get(DIGEST_KEY)
+    except CheckpointError:  # another check says so
+        return None
+
+
+def _tensors_digest(path: Path, advance: Advance) -> str:
+    with path.open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        return _digest(file, hashlib.sha256(), advance)
+
+
 def _matches(path: Path, expected: str, advance: Advance) -> bool:
     if len(expected) == 64:
-        return _digest(path, hashlib.sha256(), advance) == expected
+        return _file_digest(path, hashlib.sha256(), advance) == expected
     blob = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
-    return _digest(path, blob, advance) == expected
+    return _file_digest(path, blob, advance) == expected
 
 
-def _digest(path: Path, digest: hashlib._Hash, advance: Advance) -> str:
+def _file_digest(path: Path, digest: hashlib._Hash, advance: Advance) -> str:
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            advance(len(chunk))
+        return _digest(file, digest, advance)
+
+
+def _digest(file: BinaryIO, digest: hashlib._Hash, advance: Advance) -> str:
+    """Of the rest of a file."""
+    while chunk := file.read(_CHUNK):
+        digest.update(chunk)
+        advance(len(chunk))
     return digest.hexdigest()
 
 

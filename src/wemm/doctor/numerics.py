@@ -13,7 +13,7 @@ from wemm.doctor.canaries import CANARIES
 from wemm.doctor.check import FAIL, OK, SKIPPED, WARN, Check
 from wemm.doctor.reference import Reference, Sample
 from wemm.doctor.running import EngineRun
-from wemm.doctor.stages import LOGITS, Ranges, Stage, compare, depths, limit, observed
+from wemm.doctor.stages import LOGITS, Depth, Precision, Ranges, Stage, compare, depths, observed
 from wemm.doctor.tensors import FLOAT16_MAX
 from wemm.processing.processor import ProcessedPrompt
 from wemm.processing.tokenizer import Tokenizer
@@ -30,7 +30,7 @@ def check_numerics(
     prompt: ProcessedPrompt,
     reference: Reference,
     tokenizer: Tokenizer,
-    dtype: str,
+    precision: Precision,
     quick: bool,
     progress: ProgressBar,
 ) -> list[Check]:
@@ -38,7 +38,8 @@ def check_numerics(
 
     `quick`: the language model only, from the engine's own picture embeddings.
     """
-    order, ranges = depths(reference.model), Ranges()
+    depth, ranges = depths(reference.model), Ranges()
+    order = list(depth)
     grid = run.recording.pop("downsampler") if quick else None
     if grid is not None and not grid.isfinite().all():
         grid = None
@@ -48,7 +49,7 @@ def check_numerics(
     def sink(name: str, output: torch.Tensor) -> None:
         if name == LOGITS:
             logits.append(output.to("cpu", torch.float32))
-        stages.append(compare(name, run.recording.pop(name), output, dtype, order[name]))
+        stages.append(compare(name, run.recording.pop(name), output, precision.limit(depth[name])))
 
     answer = run.token_ids
     sample = Sample((*prompt.token_ids, *answer[:-1]), prompt.image_spans, max(1, len(answer)))
@@ -62,11 +63,11 @@ def check_numerics(
         else:
             embeds = [reference.visual_embeds(span) for span in prompt.image_spans]
         reference.logits([sample], [torch.cat(embeds)])
-    stages.sort(key=lambda stage: order[stage.name])
+    stages.sort(key=lambda stage: order.index(stage.name))
     return [
-        _check_range(run, ranges, dtype),
-        _check_stages(stages, dtype, grid is None),
-        _check_tokens(answer, logits[0], tokenizer, dtype, order[LOGITS]),
+        _check_range(run, ranges, precision.dtype),
+        _check_stages(stages, precision, grid is None),
+        _check_tokens(answer, logits[0], tokenizer, precision, depth[LOGITS]),
         *_check_answers(run.answers),
     ]
 
@@ -101,37 +102,37 @@ def _nonfinite_cause(place: str, dtype: str) -> str:
     return f"NaN or Inf in {place} in {dtype} only: a kernel of this device; try --dtype float32"
 
 
-def _check_stages(stages: Sequence[Stage], dtype: str, with_tower: bool) -> Check:
+def _check_stages(stages: Sequence[Stage], precision: Precision, with_tower: bool) -> Check:
     reached = [stage for stage in stages if stage.reached]
     off = next((stage for stage in stages if not stage.is_ok), None)
     figures = {"stages": [asdict(stage) for stage in stages], "tower_compared": with_tower}
     if off is None:
         rest = "" if with_tower else " (vision tower not compared: --quick)"
         error = stages[-1].relative_error
-        detail = f"{len(reached)} within what {dtype} explains; logits {error:.2g} off{rest}"
+        detail = f"{len(reached)} within what {precision} explains; logits {error:.2g} off{rest}"
         return Check("stages", OK, detail, figures=figures)
     if not math.isfinite(off.relative_error):
         return Check("stages", SKIPPED, f"not comparable from {off.name} on", figures=figures)
     detail = (
         f"first off at {off.name}: relative error {off.relative_error:.2g} (worst row {off.worst_row:.2g}), "
-        f"{off.limit:.2g} is explained by {dtype}"
+        f"{off.limit:.2g} is explained by {precision}"
     )
     cause = (
-        f"{off.name} is computed wrongly in {dtype} on this device, or its memory is faulty: compare with "
+        f"{off.name} is computed wrongly in {precision} on this device, or its memory is faulty: compare with "
         "--device cpu or --dtype float32, and report the kernel"
     )
     return Check("stages", FAIL, detail, cause, figures)
 
 
 def _check_tokens(
-    answer: Sequence[int], logits: torch.Tensor, tokenizer: Tokenizer, dtype: str, depth: int
+    answer: Sequence[int], logits: torch.Tensor, tokenizer: Tokenizer, precision: Precision, depth: Depth
 ) -> Check:
     name = "first tokens"
     if not answer:
         return Check(name, SKIPPED, "the engine gave none")
     best = logits.max(dim=1)
     margins = best.values - logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
-    allowed = _NEAR_TIE * limit(dtype, depth) * logits.square().mean(dim=1).sqrt()
+    allowed = _NEAR_TIE * precision.limit(depth) * logits.square().mean(dim=1).sqrt()
     figures: dict[str, Any] = {
         "text": tokenizer.decode(answer),
         "token_ids": list(answer),
@@ -155,7 +156,7 @@ def _check_tokens(
     if margins[at] <= allowed[at]:
         return Check(name, WARN, f"{detail}: a near tie, {allowed[at]:.3g} is explained", figures=figures)
     cause = f"answers differ from float32 at token {at}: see the first stage that is off, or try --dtype float32"
-    return Check(name, FAIL, f"{detail}; {allowed[at]:.3g} is explained by {dtype}", cause, figures)
+    return Check(name, FAIL, f"{detail}; {allowed[at]:.3g} is explained by {precision}", cause, figures)
 
 
 def _check_answers(answers: Sequence[str]) -> list[Check]:

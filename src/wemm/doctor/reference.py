@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from wemm.checkpoint.checkpoint import Checkpoint
-from wemm.checkpoint.shards import open_shard
 from wemm.cost import count_parameters
 from wemm.engine.vision_encode import image_batch
 from wemm.model.batch import Batch
@@ -118,16 +117,10 @@ class Reference:
     def _read(self, name: str) -> torch.Tensor:
         if name in self._kept:
             return self._kept[name]
-        value = self._load(name)
+        value = self._checkpoint.read(name).to(self._device)
         if self._keeps:
             self._kept[name] = value
         return value
-
-    def _load(self, name: str) -> torch.Tensor:
-        stored = self._checkpoint.tensors[name]
-        with open_shard(stored.file) as shard:
-            value: torch.Tensor = shard.get_tensor(stored.name)
-        return value.to(device=self._device, dtype=torch.float32)
 
     def _done(self) -> None:
         self._advance(1)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from wemm.config import UNQUANTIZED, QuantizationConfig
 from wemm.model.wemm import WemmModel
 
 Sink = Callable[[str, torch.Tensor], None]
@@ -25,10 +26,39 @@ PIXELS, EMBEDDED, LOGITS = "pixels", "embedded prompt", "logits"
 _UNIT = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 _ROUNDINGS_PER_LAYER = 12
 _SLACK = 1.0
+# Of a layer whose weights are rounded to integers, and what they multiply: one and a half times what `nano` shows.
+_QUANTIZED = {None: 0.0, "int8": 0.02, "int4": 0.13}
 # Sums of thousands of products in another order, where nothing else is rounded.
 FLOAT32_FLOOR = 1e-4
 # The worst row may be this many times as far off as all rows together.
 _WORST_ROW = 8.0
+
+
+@dataclass(frozen=True)
+class Depth:
+    """Layers before the end of a stage, and how many of them belong to which part."""
+
+    layers: int
+    tower_layers: int = 0
+    decoder_layers: int = 0
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What the engine computes in."""
+
+    dtype: str
+    quantization: QuantizationConfig = UNQUANTIZED
+
+    def limit(self, depth: Depth) -> float:
+        """Relative error that roundings alone explain there."""
+        roundings = _SLACK * _UNIT[self.dtype] * math.sqrt(_ROUNDINGS_PER_LAYER * max(depth.layers, 1))
+        tower = _QUANTIZED[self.quantization.vision] * math.sqrt(depth.tower_layers)
+        decoder = _QUANTIZED[self.quantization.language] * math.sqrt(depth.decoder_layers)
+        return max(math.hypot(roundings, tower, decoder), FLOAT32_FLOOR)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}, {self.quantization}" if self.quantization else self.dtype
 
 
 @dataclass(frozen=True)
@@ -128,11 +158,10 @@ class Recording:
         return torch.cat(parts) if parts else None
 
 
-def compare(name: str, given: torch.Tensor | None, oracle: torch.Tensor, dtype: str, depth: int) -> Stage:
-    """One stage, `depth` layers behind the input. Rows that only one side computed are left out."""
+def compare(name: str, given: torch.Tensor | None, oracle: torch.Tensor, allowed: float) -> Stage:
+    """One stage, whose relative error may be `allowed`. Rows that only one side computed are left out."""
     oracle = oracle.detach().to("cpu", torch.float32)
     largest = oracle.abs().max().item()
-    allowed = limit(dtype, depth)
     if given is None:
         return Stage(name, math.nan, math.nan, math.nan, math.nan, math.nan, largest, allowed, reached=False)
     rows = min(len(given), len(oracle))
@@ -154,20 +183,15 @@ def compare(name: str, given: torch.Tensor | None, oracle: torch.Tensor, dtype: 
     )
 
 
-def limit(dtype: str, depth: int) -> float:
-    """Relative error that roundings alone explain behind `depth` layers."""
-    accumulated = _SLACK * _UNIT[dtype] * math.sqrt(_ROUNDINGS_PER_LAYER * max(depth, 1))
-    return max(accumulated, FLOAT32_FLOOR)
-
-
-def depths(model: WemmModel) -> Mapping[str, int]:
-    """Stage → layers before its end, in the order they run."""
-    num_tower, num_decoder = len(model.vision_tower.encoder.layers), len(model.language_model.layers)
-    order = {PIXELS: 0, "patch embeddings": 1}
-    order |= {f"tower layer {i}": i + 2 for i in range(num_tower)}
-    order |= {"vision tower": num_tower + 2, "downsampler": num_tower + 3, EMBEDDED: num_tower + 3}
-    order |= {f"decoder layer {i}": num_tower + 4 + i for i in range(num_decoder)}
-    order[LOGITS] = num_tower + num_decoder + 4
+def depths(model: WemmModel) -> Mapping[str, Depth]:
+    """Stage → how deep it lies, in the order they run."""
+    tower, decoder = len(model.vision_tower.encoder.layers), len(model.language_model.layers)
+    order = {PIXELS: Depth(0), "patch embeddings": Depth(1)}
+    order |= {f"tower layer {i}": Depth(i + 2, i + 1) for i in range(tower)}
+    order["vision tower"] = Depth(tower + 2, tower)
+    order["downsampler"] = order[EMBEDDED] = Depth(tower + 3, tower)
+    order |= {f"decoder layer {i}": Depth(tower + 4 + i, tower, i + 1) for i in range(decoder)}
+    order[LOGITS] = Depth(tower + decoder + 4, tower, decoder)
     return order
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from wemm.checkpoint.checkpoint import Checkpoint, list_names
-from wemm.checkpoint.shards import open_shard
 from wemm.checkpoint.weight_map import is_plora, part_of, plora_linears
 from wemm.cost import count_parameters
 from wemm.doctor.check import FAIL, OK, SKIPPED, WARN, Check
@@ -52,9 +51,12 @@ def check_inventory(checkpoint: Checkpoint) -> Check:
     """What `open_checkpoint` found: it refuses whatever is missing, unexpected or of the wrong shape."""
     parameters = count_parameters(checkpoint.specs.values())
     counts = Counter(part_of(name) for name in checkpoint.tensors)
-    dtypes = Counter(tensor.dtype for tensor in checkpoint.tensors.values())
+    quantized = {name for name, spec in checkpoint.specs.items() if spec.scheme is not None}
+    dtypes = Counter(tensor.dtype for name, tensor in checkpoint.tensors.items() if name not in quantized)
     mix = " + ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common())
     detail = f"{len(checkpoint.tensors)} tensors, {sum(parameters.values()):,} parameters, {mix}"
+    if checkpoint.config.quantization:
+        detail = f"{detail}; quantised: {checkpoint.config.quantization}"
     figures: dict[str, Any] = {"tensors": dict(counts), "parameters": parameters, "dtypes": dict(dtypes)}
     if len(dtypes) > 1:
         return Check("tensors", WARN, f"{detail}: stored in several dtypes", figures=figures)
@@ -62,19 +64,19 @@ def check_inventory(checkpoint: Checkpoint) -> Check:
 
 
 def measure(checkpoint: Checkpoint, progress: ProgressBar) -> dict[str, TensorStatistics]:
-    """Statistics of every tensor, read once, one at a time."""
+    """Statistics of every tensor, read once, one at a time; of a quantised one as it is multiplied."""
     found = {}
     with progress("reading weights", len(checkpoint.tensors), "tensors") as advance:
-        for file, tensors in checkpoint.tensors_by_file().items():
-            with open_shard(file) as shard:
-                for tensor in tensors:
-                    found[tensor.key] = tensor_statistics(tensor.key, shard.get_tensor(tensor.name))
-                    advance(1)
+        for tensors in checkpoint.tensors_by_file().values():
+            for name in (tensor.key for tensor in tensors):
+                if not checkpoint.specs[name].is_scale:
+                    found[name] = tensor_statistics(name, checkpoint.read(name))
+                advance(1)
     return found
 
 
 def tensor_statistics(name: str, values: torch.Tensor) -> TensorStatistics:
-    """Of a tensor as stored."""
+    """Of a tensor, in float32."""
     magnitudes = values.to(torch.float32).abs()
     finite = magnitudes.isfinite()
     num_nonfinite = magnitudes.numel() - int(finite.sum())

@@ -18,8 +18,8 @@ from wemm.checkpoint.checkpoint import (
     open_checkpoint,
     read_config,
 )
-from wemm.checkpoint.loader import load_dummy_weights, load_weights
-from wemm.config import PRESETS, EngineConfig, ModelConfig, PloraConfig
+from wemm.checkpoint.loader import load_dummy_weights, load_weights, weight_bytes
+from wemm.config import PRESETS, EngineConfig, ModelConfig, PloraConfig, QuantizationConfig
 from wemm.cost import DTYPE_BYTES, MemoryPlan, largest_image, plan_memory
 from wemm.distributed import SINGLE, TensorParallel
 from wemm.engine.encoder_cache import EncoderCache
@@ -36,6 +36,7 @@ from wemm.processing.image_processor import ImageProcessor
 from wemm.processing.processor import Processor, ReadImage, image_reader
 from wemm.processing.tokenizer import Tokenizer
 from wemm.progress import ProgressBar, silent
+from wemm.quantization import INT4_GROUP
 from wemm.request import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,8 @@ class Source:
     tokenizer_directory: Path
     checkpoint: Checkpoint | None
     """None for random weights."""
+    quantization: QuantizationConfig
+    """How the weights are kept in memory."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +89,16 @@ def find_source(config: EngineConfig) -> Source:
             )
         return _random_weights(model_config, plora, config, directory)
     checkpoint = open_checkpoint(directory, config.plora)
-    return Source(checkpoint.config, checkpoint.plora, checkpoint.dtype, directory, checkpoint)
+    quantization = config.asked_quantization.over(checkpoint.config.quantization)
+    return Source(checkpoint.config, checkpoint.plora, checkpoint.dtype, directory, checkpoint, quantization)
 
 
 def _random_weights(
     model_config: ModelConfig, plora: PloraConfig | None, config: EngineConfig, tokenizer_directory: Path
 ) -> Source:
     dtype = model_config.dtype or "float32"
-    return Source(model_config, plora if config.plora else None, dtype, tokenizer_directory, None)
+    quantization = config.asked_quantization.over(model_config.quantization)
+    return Source(model_config, plora if config.plora else None, dtype, tokenizer_directory, None, quantization)
 
 
 def build_engine(config: EngineConfig, progress: ProgressBar) -> BuiltEngine:
@@ -200,6 +205,14 @@ def check(config: EngineConfig, source: Source, tokenizer: Tokenizer) -> None:
                 f"tensor_parallel_size {size} must divide {name} {getattr(text, name)} of the model; "
                 "use fewer ranks"
             )
+    if source.config.quantization.language == "int4":
+        for name in ("hidden_size", "intermediate_size"):
+            if getattr(text, name) % (size * INT4_GROUP) and size > 1:
+                raise ParameterError(
+                    f"tensor_parallel_size {size}: groups of {INT4_GROUP} of an int4 checkpoint cannot be shared, "
+                    f"{name} is {getattr(text, name)}; use fewer ranks, or the float checkpoint with "
+                    "--quantization int4"
+                )
 
 
 def resolve_dtype(config: EngineConfig, declared: str, platform: Platform) -> str:
@@ -220,10 +233,10 @@ def _plan(config: EngineConfig, source: Source, platform: Platform) -> tuple[Mem
     if available is not None and platform.ranks_share_memory:
         available //= size
     with torch.device("meta"):
-        rank = WemmModel(source.config, source.plora, TensorParallel(0, size))
+        rank = WemmModel(source.config, source.plora, TensorParallel(0, size), source.quantization)
     plan = plan_memory(
         source.config,
-        sum(parameter.numel() for parameter in rank.parameters()),
+        weight_bytes(rank, getattr(torch, dtype)),
         dtype,
         available,
         config.max_model_len,
@@ -234,6 +247,7 @@ def _plan(config: EngineConfig, source: Source, platform: Platform) -> tuple[Mem
         config.kv_cache_memory,
         config.image_cache_memory,
         size,
+        source.quantization,
     )
     return plan, dtype
 
@@ -249,9 +263,8 @@ def _load_model(
     load_kernels(platform.device.type)
     torch_dtype: torch.dtype = getattr(torch, dtype)
     with torch.device("meta"):
-        model = WemmModel(source.config, source.plora, tensor_parallel)
-    num_bytes = sum(parameter.numel() for parameter in model.parameters()) * torch_dtype.itemsize
-    with progress("loading weights", num_bytes, "bytes") as advance:
+        model = WemmModel(source.config, source.plora, tensor_parallel, source.quantization)
+    with progress("loading weights", weight_bytes(model, torch_dtype), "bytes") as advance:
         if source.checkpoint is not None:
             load_weights(model, source.checkpoint, torch_dtype, platform.device, tensor_parallel, advance)
         else:

@@ -37,6 +37,13 @@ class QuantizableLinear(nn.Module):
             self.weight_scale = _integers(scheme.scale_shape(out_size, in_size), scheme.scale_dtype)
         self.bias = nn.Parameter(torch.empty(out_size)) if bias else None
 
+    @property
+    def own_dtypes(self) -> Mapping[str, torch.dtype]:
+        """Parameters that are not of the model's dtype."""
+        if self.scheme is None:
+            return {}
+        return {"weight": self.scheme.weight_dtype, "weight_scale": self.scheme.scale_dtype}
+
     def product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """[num_tokens, in] → [num_tokens, out]."""
         if self.scheme is None or self.weight_scale is None:

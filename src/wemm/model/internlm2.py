@@ -19,6 +19,7 @@ from wemm.ops.prefill_attention import prefill_attention
 from wemm.ops.rotary_embedding import rotary_embedding
 from wemm.ops.silu_and_mul import silu_and_mul
 from wemm.ops.store_kv import store_kv
+from wemm.quantization import Scheme
 
 LayerPlora = dict[str, PloraSpec | None]
 """PLoRA of one layer's linears, by the names of PLORA_LINEARS."""
@@ -27,7 +28,9 @@ LayerPlora = dict[str, PloraSpec | None]
 class Attention(nn.Module):
     """Grouped-query attention over the paged cache."""
 
-    def __init__(self, config: TextConfig, plora: LayerPlora, tensor_parallel: TensorParallel) -> None:
+    def __init__(
+        self, config: TextConfig, plora: LayerPlora, tensor_parallel: TensorParallel, scheme: Scheme | None
+    ) -> None:
         super().__init__()
         self._num_kv_heads = tensor_parallel.length(config.num_key_value_heads)
         self._group = config.num_attention_heads // config.num_key_value_heads
@@ -35,10 +38,10 @@ class Attention(nn.Module):
         # Packed per KV head: its query heads, then its key, then its value; so equal row ranges
         # are whole groups and ranks cut it like any column-parallel weight.
         self.wqkv = ColumnParallelPloraLinear(
-            config.hidden_size, config.wqkv_out, plora["attention.wqkv"], tensor_parallel
+            config.hidden_size, config.wqkv_out, plora["attention.wqkv"], tensor_parallel, scheme
         )
         self.wo = RowParallelPloraLinear(
-            config.hidden_size, config.hidden_size, plora["attention.wo"], tensor_parallel
+            config.hidden_size, config.hidden_size, plora["attention.wo"], tensor_parallel, scheme
         )
 
     def forward(
@@ -65,12 +68,15 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """w2(silu(w1 x) * w3 x)."""
 
-    def __init__(self, config: TextConfig, plora: LayerPlora, tensor_parallel: TensorParallel) -> None:
+    def __init__(
+        self, config: TextConfig, plora: LayerPlora, tensor_parallel: TensorParallel, scheme: Scheme | None
+    ) -> None:
         super().__init__()
         hidden, intermediate = config.hidden_size, config.intermediate_size
-        self.w1 = ColumnParallelPloraLinear(hidden, intermediate, plora["feed_forward.w1"], tensor_parallel)
-        self.w3 = ColumnParallelPloraLinear(hidden, intermediate, plora["feed_forward.w3"], tensor_parallel)
-        self.w2 = RowParallelPloraLinear(intermediate, hidden, plora["feed_forward.w2"], tensor_parallel)
+        shared = tensor_parallel, scheme
+        self.w1 = ColumnParallelPloraLinear(hidden, intermediate, plora["feed_forward.w1"], *shared)
+        self.w3 = ColumnParallelPloraLinear(hidden, intermediate, plora["feed_forward.w3"], *shared)
+        self.w2 = RowParallelPloraLinear(intermediate, hidden, plora["feed_forward.w2"], *shared)
 
     def forward(self, x: torch.Tensor, image_rows: torch.Tensor | None) -> torch.Tensor:
         """[num_tokens, hidden_size] → same."""
@@ -80,12 +86,14 @@ class FeedForward(nn.Module):
 class DecoderLayer(nn.Module):
     """Pre-norm block."""
 
-    def __init__(self, config: TextConfig, plora: LayerPlora, tensor_parallel: TensorParallel) -> None:
+    def __init__(
+        self, config: TextConfig, plora: LayerPlora, tensor_parallel: TensorParallel, scheme: Scheme | None
+    ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, plora, tensor_parallel)
+        self.attention = Attention(config, plora, tensor_parallel, scheme)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.feed_forward = FeedForward(config, plora, tensor_parallel)
+        self.feed_forward = FeedForward(config, plora, tensor_parallel, scheme)
 
     def forward(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: Batch, kv_cache: torch.Tensor
@@ -98,12 +106,19 @@ class DecoderLayer(nn.Module):
 class InternLM2(nn.Module):
     """Embeddings → hidden states → logits."""
 
-    def __init__(self, config: TextConfig, plora: PloraConfig | None, tensor_parallel: TensorParallel) -> None:
+    def __init__(
+        self,
+        config: TextConfig,
+        plora: PloraConfig | None,
+        tensor_parallel: TensorParallel,
+        scheme: Scheme | None = None,
+    ) -> None:
         super().__init__()
         self._config = config
         self.tok_embeddings = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, _layer_plora(plora, i), tensor_parallel) for i in range(config.num_hidden_layers)
+            DecoderLayer(config, _layer_plora(plora, i), tensor_parallel, scheme)
+            for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.output = ColumnParallelLinear(config.hidden_size, config.vocab_size, tensor_parallel, gather=True)

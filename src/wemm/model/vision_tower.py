@@ -13,6 +13,7 @@ from wemm.layers.norm import LayerNorm
 from wemm.model.batch import ImageBatch
 from wemm.ops.linear import linear
 from wemm.ops.vision_attention import vision_attention
+from wemm.quantization import Scheme
 
 
 class PatchEmbedding(nn.Module):
@@ -45,14 +46,14 @@ class VisionEmbeddings(nn.Module):
 class VisionAttention(nn.Module):
     """Full attention within each image, ranks sharing the heads."""
 
-    def __init__(self, config: VisionConfig, tensor_parallel: TensorParallel) -> None:
+    def __init__(self, config: VisionConfig, tensor_parallel: TensorParallel, scheme: Scheme | None) -> None:
         super().__init__()
         self._num_heads = tensor_parallel.length(config.num_attention_heads)
         self._head_dim, hidden = config.head_dim, config.hidden_size
-        self.q_proj = ColumnParallelLinear(hidden, hidden, tensor_parallel, bias=True)
-        self.k_proj = ColumnParallelLinear(hidden, hidden, tensor_parallel, bias=True)
-        self.v_proj = ColumnParallelLinear(hidden, hidden, tensor_parallel, bias=True)
-        self.out_proj = RowParallelLinear(hidden, hidden, tensor_parallel)
+        self.q_proj = ColumnParallelLinear(hidden, hidden, tensor_parallel, bias=True, scheme=scheme)
+        self.k_proj = ColumnParallelLinear(hidden, hidden, tensor_parallel, bias=True, scheme=scheme)
+        self.v_proj = ColumnParallelLinear(hidden, hidden, tensor_parallel, bias=True, scheme=scheme)
+        self.out_proj = RowParallelLinear(hidden, hidden, tensor_parallel, scheme)
 
     def forward(self, x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """[num_patches, hidden_size] → same."""
@@ -65,10 +66,11 @@ class VisionAttention(nn.Module):
 class VisionMLP(nn.Module):
     """fc2(gelu_tanh(fc1 x))."""
 
-    def __init__(self, config: VisionConfig, tensor_parallel: TensorParallel) -> None:
+    def __init__(self, config: VisionConfig, tensor_parallel: TensorParallel, scheme: Scheme | None) -> None:
         super().__init__()
-        self.fc1 = ColumnParallelLinearGelu(config.hidden_size, config.intermediate_size, tensor_parallel)
-        self.fc2 = RowParallelLinear(config.intermediate_size, config.hidden_size, tensor_parallel)
+        hidden, intermediate = config.hidden_size, config.intermediate_size
+        self.fc1 = ColumnParallelLinearGelu(hidden, intermediate, tensor_parallel, scheme)
+        self.fc2 = RowParallelLinear(intermediate, hidden, tensor_parallel, scheme)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[num_patches, hidden_size] → same."""
@@ -78,12 +80,12 @@ class VisionMLP(nn.Module):
 class VisionLayer(nn.Module):
     """Pre-norm transformer block. Where ranks cannot share it evenly, each computes it whole."""
 
-    def __init__(self, config: VisionConfig, tensor_parallel: TensorParallel) -> None:
+    def __init__(self, config: VisionConfig, tensor_parallel: TensorParallel, scheme: Scheme | None) -> None:
         super().__init__()
         self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.self_attn = VisionAttention(config, tensor_parallel.if_divides(config.num_attention_heads))
+        self.self_attn = VisionAttention(config, tensor_parallel.if_divides(config.num_attention_heads), scheme)
         self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.mlp = VisionMLP(config, tensor_parallel.if_divides(config.intermediate_size))
+        self.mlp = VisionMLP(config, tensor_parallel.if_divides(config.intermediate_size), scheme)
 
     def forward(self, x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """[num_patches, hidden_size] → same."""
@@ -94,9 +96,11 @@ class VisionLayer(nn.Module):
 class VisionEncoder(nn.Module):
     """All layers."""
 
-    def __init__(self, config: VisionConfig, tensor_parallel: TensorParallel) -> None:
+    def __init__(self, config: VisionConfig, tensor_parallel: TensorParallel, scheme: Scheme | None) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(VisionLayer(config, tensor_parallel) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            VisionLayer(config, tensor_parallel, scheme) for _ in range(config.num_hidden_layers)
+        )
 
     def forward(self, x: torch.Tensor, cu_seqlens: torch.Tensor, layers: slice = slice(None)) -> torch.Tensor:
         """[num_patches, hidden_size] → same, through some of the layers."""
@@ -108,10 +112,12 @@ class VisionEncoder(nn.Module):
 class VisionTower(nn.Module):
     """Patches → features; every patch of every layer's end is used, nothing is pooled."""
 
-    def __init__(self, config: VisionConfig, tensor_parallel: TensorParallel = SINGLE) -> None:
+    def __init__(
+        self, config: VisionConfig, tensor_parallel: TensorParallel = SINGLE, scheme: Scheme | None = None
+    ) -> None:
         super().__init__()
         self.embeddings = VisionEmbeddings(config)
-        self.encoder = VisionEncoder(config, tensor_parallel)
+        self.encoder = VisionEncoder(config, tensor_parallel, scheme)
         self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, images: ImageBatch) -> torch.Tensor:

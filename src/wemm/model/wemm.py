@@ -7,29 +7,34 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from wemm.config import ModelConfig, PloraConfig
+from wemm.config import UNQUANTIZED, ModelConfig, PloraConfig, QuantizationConfig
 from wemm.distributed import SINGLE, TensorParallel
 from wemm.layers.embedding import Embedding
 from wemm.model.batch import Batch
 from wemm.model.downsampler import Downsampler
 from wemm.model.internlm2 import InternLM2
 from wemm.model.vision_tower import VisionTower
+from wemm.quantization import scheme_of
 
 
 class WemmModel(nn.Module):
     """The whole network. Build it under `torch.device("meta")` and let the loader fill it."""
 
     def __init__(
-        self, config: ModelConfig, plora: PloraConfig | None, tensor_parallel: TensorParallel = SINGLE
+        self,
+        config: ModelConfig,
+        plora: PloraConfig | None,
+        tensor_parallel: TensorParallel = SINGLE,
+        quantization: QuantizationConfig = UNQUANTIZED,
     ) -> None:
         super().__init__()
         self._kernel_size = config.downsampler.kernel_size
         self._text = config.text
         self._tensor_parallel = tensor_parallel
-        self.vision_tower = VisionTower(config.vision, tensor_parallel)
+        self.vision_tower = VisionTower(config.vision, tensor_parallel, scheme_of(quantization.vision))
         self.downsampler = Downsampler(config.downsampler)
         self.separator_embedding = Embedding(config.num_separators, config.text.hidden_size)
-        self.language_model = InternLM2(config.text, plora, tensor_parallel)
+        self.language_model = InternLM2(config.text, plora, tensor_parallel, scheme_of(quantization.language))
 
     def visual_embeds(self, features: torch.Tensor, patch_grids: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
         """Tower features [num_patches, vision hidden] → per image [num_tokens, hidden_size].

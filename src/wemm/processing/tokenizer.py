@@ -9,7 +9,7 @@ from typing import Any
 
 import sentencepiece
 
-from wemm.checkpoint.shards import read_json
+from wemm.checkpoint.json_file import read_json
 from wemm.errors import CheckpointError, ConfigError, PromptError
 
 IM_START = "<|im_start|>"
