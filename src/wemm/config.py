@@ -262,6 +262,9 @@ class EngineConfig:
         None,
         "Bytes for the KV cache (4GiB, 512MiB, …). Default: what the sequences need, up to half of what is free.",
     )
+    kv_cache_dtype: str = option(
+        "auto", "auto: the model's dtype; int8: half the memory per token of 16 bit, a scale per token and head."
+    )
     enable_prefix_caching: bool = option(
         True, "Requests that begin with the same tokens and images share what was computed for them."
     )
@@ -286,6 +289,8 @@ class EngineConfig:
         if self.dtype not in ("auto", *DTYPES):
             raise ParameterError(f"dtype must be auto, {', '.join(DTYPES)}. Given: {self.dtype!r}")
         _ = self.asked_quantization  # says what is wrong with it
+        if self.kv_cache_dtype not in ("auto", "int8"):
+            raise ParameterError(f"kv_cache_dtype must be auto or int8. Given: {self.kv_cache_dtype!r}")
         if self.load_format not in ("auto", "dummy"):
             raise ParameterError(f"load_format must be auto or dummy. Given: {self.load_format!r}")
         if self.tensor_parallel_size not in TENSOR_PARALLEL_SIZES or self.tensor_parallel_size is True:

@@ -5,14 +5,16 @@ FLOPs count a multiply and an add as two.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from wemm.checkpoint.weight_map import TensorSpec, part_of
+from wemm.checkpoint.weight_map import TensorSpec, expected_tensors, part_of
 from wemm.config import PLORA_LINEARS, UNQUANTIZED, ModelConfig, PloraConfig, QuantizationConfig
 from wemm.errors import InsufficientMemoryError
 from wemm.processing.image_processor import ImagePlan, ImageProcessor
+from wemm.quantization import KV_SCALE_BYTES
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -30,10 +32,29 @@ def count_parameters(specs: Iterable[TensorSpec]) -> dict[str, int]:
     return dict(counts)
 
 
+def stored_bytes(specs: Iterable[TensorSpec], dtype: str) -> int:
+    """Of tensors in memory, those that are not quantised in `dtype`."""
+    total = 0
+    for spec in specs:
+        size = DTYPE_BYTES[dtype]
+        if spec.scheme is not None:
+            size = (spec.scheme.scale_dtype if spec.is_scale else spec.scheme.weight_dtype).itemsize
+        total += math.prod(spec.stored_shape) * size
+    return total
+
+
+def decode_bytes(config: ModelConfig, dtype: str, quantization: QuantizationConfig = UNQUANTIZED) -> int:
+    """Weights that a decode step reads: the language model's; of its embeddings, a row."""
+    specs = expected_tensors(config, None, quantization).values()
+    read = (spec for spec in specs if part_of(spec.name) == "language_model" and "tok_embeddings" not in spec.name)
+    return stored_bytes(read, dtype)
+
+
 def kv_bytes_per_token(config: ModelConfig, dtype: str) -> int:
-    """Key and value of one token in every layer."""
+    """Key and value of one token in every layer, in a dtype or int8 with its scales."""
     text = config.text
-    return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * DTYPE_BYTES[dtype]
+    per_head = text.head_dim + KV_SCALE_BYTES if dtype == "int8" else text.head_dim * DTYPE_BYTES[dtype]
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * per_head
 
 
 @dataclass(frozen=True)
@@ -138,6 +159,7 @@ def plan_memory(
     image_cache_memory: int | None = 0,
     num_ranks: int = 1,
     quantization: QuantizationConfig = UNQUANTIZED,
+    kv_cache_dtype: str = "auto",
 ) -> MemoryPlan:
     """Size the caches of one rank, and max_model_len if it is open. Raises InsufficientMemoryError with the plan.
 
@@ -147,7 +169,8 @@ def plan_memory(
     if image_cache is None:
         image_cache = _IMAGE_CACHE if available is None else min(_IMAGE_CACHE, available // 16)
     activations = activation_bytes(config, max_num_batched_tokens, max_num_batched_patches, dtype)
-    per_block = kv_bytes_per_token(config, dtype) * block_size // num_ranks
+    kv_dtype = dtype if kv_cache_dtype == "auto" else kv_cache_dtype
+    per_block = kv_bytes_per_token(config, kv_dtype) * block_size // num_ranks
     longest = max_model_len or config.text.max_position_embeddings
     least = max_model_len or min(_MIN_MODEL_LEN, config.text.max_position_embeddings)
     wanted_blocks = -(-longest // block_size) * max_num_seqs

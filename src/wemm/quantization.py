@@ -123,6 +123,22 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.where(largest == 0, torch.zeros_like(x), integers), largest / 127.0
 
 
+KV_SCALE_BYTES = 4
+"""Behind the integers of a key or value in a cache of int8: their scale, float32."""
+
+
+def quantize_kv(x: torch.Tensor) -> torch.Tensor:
+    """Keys or values [..., head_dim] → int8 [..., head_dim + 4], a scale per token and head."""
+    integers, scale = quantize_rows(x)
+    return torch.cat((integers.to(torch.int8), scale.view(torch.int8)), -1)
+
+
+def dequantize_kv(rows: torch.Tensor) -> torch.Tensor:
+    """The way back, float32 [..., head_dim]."""
+    integers, scale = rows.split((rows.shape[-1] - KV_SCALE_BYTES, KV_SCALE_BYTES), -1)
+    return integers.to(torch.float32) * scale.contiguous().view(torch.float32)
+
+
 def pack_int4(integers: torch.Tensor) -> torch.Tensor:
     """[out, groups, 128] in [-8, 7] → uint8 [out, 64 * groups]."""
     low, high = (integers + _INT4_ZERO).to(torch.uint8).chunk(2, -1)

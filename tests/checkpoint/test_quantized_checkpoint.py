@@ -1,4 +1,4 @@
-"""Quantised while loading or ahead of time: the same integers, everything else untouched, nothing else accepted."""
+"""Quantised while loading or ahead of time: the same integers, the rest untouched, nothing else accepted."""
 
 from __future__ import annotations
 

@@ -15,9 +15,8 @@ from wemm.benchmark.ceilings import Ceilings, describe
 from wemm.benchmark.charts import waterfall
 from wemm.benchmark.result import Result, Table, engine_settings, environment, percentiles
 from wemm.benchmark.workload import Workload
-from wemm.checkpoint.weight_map import expected_tensors
-from wemm.config import EngineConfig
-from wemm.cost import DTYPE_BYTES, count_parameters, image_cost, kv_bytes_per_token, prefill_flops
+from wemm.config import EngineConfig, QuantizationConfig
+from wemm.cost import decode_bytes, image_cost, kv_bytes_per_token, prefill_flops
 from wemm.engine.build import Source, find_source, resolve_dtype
 from wemm.engine.llm import LLM
 from wemm.errors import ParameterError
@@ -127,8 +126,10 @@ def run(engine: EngineConfig, workload: Workload, output_len: int, batch: int) -
     with LLM(progress=terminal_bar, **{**vars(engine), **plain}) as llm:
         measured = measure(llm, workload.conversations(), output_len, batch, terminal_bar)
     ceilings.measure()
-    shares = _shares(measured, source, dtype, pixels, ceilings) if engine.tensor_parallel_size == 1 else {}
-    title = _title(engine, measured, dtype, pixels)
+    kv_dtype = dtype if engine.kv_cache_dtype == "auto" else engine.kv_cache_dtype
+    alone = engine.tensor_parallel_size == 1
+    shares = _shares(measured, source, dtype, kv_dtype, pixels, ceilings) if alone else {}
+    title = _title(engine, measured, dtype, source.quantization, pixels)
     return Result(
         benchmark="latency",
         environment=environment(platform),
@@ -144,7 +145,12 @@ def run(engine: EngineConfig, workload: Workload, output_len: int, batch: int) -
 
 
 def _shares(
-    measured: LatencyFigures, source: Source, dtype: str, pixels: tuple[int, int] | None, ceilings: Ceilings
+    measured: LatencyFigures,
+    source: Source,
+    dtype: str,
+    kv_dtype: str,
+    pixels: tuple[int, int] | None,
+    ceilings: Ceilings,
 ) -> dict[str, float]:
     """Of decode to the bandwidth, of vision and prefill to the matrix product; 1 is the ceiling.
 
@@ -155,10 +161,8 @@ def _shares(
     shares = {}
     if measured.output_len > 1:
         context = measured.prompt_tokens + measured.output_len // 2
-        weights = count_parameters(expected_tensors(config, None).values())["language_model"]
-        weights -= config.text.vocab_size * config.text.hidden_size  # of the embeddings, one row is read
-        keys_and_values = measured.batch * context * kv_bytes_per_token(config, dtype)
-        moved = weights * DTYPE_BYTES[dtype] + keys_and_values
+        keys_and_values = measured.batch * context * kv_bytes_per_token(config, kv_dtype)
+        moved = decode_bytes(config, dtype, source.quantization) + keys_and_values
         shares["inter_token"] = moved / seconds["inter_token"]["median"] / ceilings.read
     if measured.batch == 1:
         flops = {"prefill": prefill_flops(config, plora, measured.prompt_tokens, measured.image_tokens)}
@@ -169,10 +173,17 @@ def _shares(
     return shares
 
 
-def _title(engine: EngineConfig, measured: LatencyFigures, dtype: str, pixels: tuple[int, int] | None) -> str:
+def _title(
+    engine: EngineConfig,
+    measured: LatencyFigures,
+    dtype: str,
+    quantization: QuantizationConfig,
+    pixels: tuple[int, int] | None,
+) -> str:
     image = "text alone" if pixels is None else f"an image of {pixels[0]}x{pixels[1]}"
     tokens = f"{measured.prompt_tokens} + {measured.output_len} tokens"
-    return f"{Path(engine.model).name}, {dtype}, {image}, {tokens}, {measured.batch} at once"
+    kept = f"{dtype}, {quantization}" if quantization else dtype
+    return f"{Path(engine.model).name}, {kept}, {image}, {tokens}, {measured.batch} at once"
 
 
 def _table(title: str, measured: LatencyFigures, shares: Mapping[str, float]) -> Table:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wemm.config import PLORA_LINEARS, EngineConfig
+from wemm.config import PLORA_LINEARS, QUANTIZATIONS, EngineConfig, QuantizationConfig
 from wemm.errors import ParameterError
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def parse_image_size(text: str) -> tuple[int, int]:
 def build_report(model: str, source: Source, width: int, height: int) -> dict[str, Any]:
     """Everything `info` prints, as JSON-ready data."""
     from wemm.checkpoint.weight_map import expected_tensors, plora_linears
-    from wemm.cost import DTYPE_BYTES, count_parameters, image_cost, kv_bytes_per_token
+    from wemm.cost import count_parameters, image_cost
 
     parameters = count_parameters(expected_tensors(source.config, source.plora).values())
     total = sum(parameters.values())
@@ -67,6 +67,7 @@ def build_report(model: str, source: Source, width: int, height: int) -> dict[st
         "model": model,
         "directory": str(checkpoint.directory) if checkpoint else None,
         "dtype": source.dtype,
+        "quantization": asdict(source.config.quantization),
         "architecture": {
             "vision": asdict(source.config.vision),
             "downsampler": asdict(source.config.downsampler),
@@ -87,10 +88,7 @@ def build_report(model: str, source: Source, width: int, height: int) -> dict[st
             "downsampler_flops": cost.downsampler_flops,
             "prefill_flops": cost.prefill_flops,
         },
-        "memory": {
-            dtype: {"weights": total * size, "kv_per_token": kv_bytes_per_token(source.config, dtype)}
-            for dtype, size in DTYPE_BYTES.items()
-        },
+        "memory": _memory(source),
     }
     if source.plora is not None:
         report["plora"] = {
@@ -106,12 +104,32 @@ def build_report(model: str, source: Source, width: int, height: int) -> dict[st
     return report
 
 
+def _memory(source: Source) -> dict[str, dict[str, int]]:
+    """By dtype, and by scheme with everything else in bfloat16."""
+    from wemm.checkpoint.weight_map import expected_tensors
+    from wemm.cost import DTYPE_BYTES, kv_bytes_per_token, stored_bytes
+
+    stored = source.config.quantization
+    forms = {dtype: (dtype, stored) for dtype in DTYPE_BYTES}
+    if not stored:
+        forms |= {scheme: ("bfloat16", QuantizationConfig(scheme)) for scheme in QUANTIZATIONS}
+    return {
+        name: {
+            "weights": stored_bytes(expected_tensors(source.config, source.plora, quantization).values(), dtype),
+            "kv_per_token": kv_bytes_per_token(source.config, dtype),
+        }
+        for name, (dtype, quantization) in forms.items()
+    }
+
+
 def _print(report: dict[str, Any]) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=True)
     text, vision = report["architecture"]["text"], report["architecture"]["vision"]
-    console.print(f"[bold]{report['model']}[/bold]  {report['dtype']}  {report['directory'] or '(no files)'}")
+    stored = QuantizationConfig(**report["quantization"])
+    kept = f"{report['dtype']}, {stored}" if stored else report["dtype"]
+    console.print(f"[bold]{report['model']}[/bold]  {kept}  {report['directory'] or '(no files)'}")
     console.print(
         f"vision tower  {vision['num_hidden_layers']} layers, {vision['hidden_size']} wide, "
         f"{vision['num_attention_heads']} heads, patch {vision['patch_size']}, image_size {vision['image_size']}"
@@ -195,7 +213,7 @@ def _image_table(report: dict[str, Any]) -> Table:
 
 
 def _memory_table(report: dict[str, Any]) -> Table:
-    table = _table("Memory", "dtype", "weights", "KV per 1000 tokens")
+    table = _table("Memory", "stored as", "weights", "KV per 1000 tokens")
     for dtype, memory in report["memory"].items():
         kv = memory["kv_per_token"] * 1000 / 2**20
         table.add_row(dtype, f"{memory['weights'] / 2**30:,.2f} GiB", f"{kv:,.1f} MiB")

@@ -161,7 +161,7 @@ def _make_runner(
 ) -> Runner:
     def load(tensor_parallel: TensorParallel) -> ModelRunner:
         model = _load_model(config, source, platform, dtype, tensor_parallel, progress)
-        return ModelRunner(model, source.config, platform, getattr(torch, dtype), num_blocks, config.block_size)
+        return _runner(config, source, platform, dtype, model, num_blocks)
 
     size = config.tensor_parallel_size
     if size == 1:
@@ -183,7 +183,15 @@ def build_rank(config: EngineConfig, platform: Platform, group: Group) -> ModelR
     _, (num_blocks, dtype) = group.receive()
     source = find_source(config)
     model = _load_model(config, source, platform, dtype, group.tensor_parallel, silent)
-    return ModelRunner(model, source.config, platform, getattr(torch, dtype), num_blocks, config.block_size)
+    return _runner(config, source, platform, dtype, model, num_blocks)
+
+
+def _runner(
+    config: EngineConfig, source: Source, platform: Platform, dtype: str, model: WemmModel, num_blocks: int
+) -> ModelRunner:
+    kv_dtype = dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+    dtypes = getattr(torch, dtype), getattr(torch, kv_dtype)
+    return ModelRunner(model, source.config, platform, *dtypes, num_blocks, config.block_size)
 
 
 def check(config: EngineConfig, source: Source, tokenizer: Tokenizer) -> None:
@@ -248,6 +256,7 @@ def _plan(config: EngineConfig, source: Source, platform: Platform) -> tuple[Mem
         config.image_cache_memory,
         size,
         source.quantization,
+        config.kv_cache_dtype,
     )
     return plan, dtype
 

@@ -52,6 +52,7 @@ class ModelRunner:
         config: ModelConfig,
         platform: Platform,
         dtype: torch.dtype,
+        kv_cache_dtype: torch.dtype,
         num_blocks: int,
         block_size: int,
     ) -> None:
@@ -61,7 +62,9 @@ class ModelRunner:
         self._dtype = dtype
         # Never read before it is written, so memory is taken only as it is used.
         self._kv_cache = torch.empty(
-            model.kv_cache_shape(num_blocks, block_size), dtype=dtype, device=platform.device
+            model.kv_cache_shape(num_blocks, block_size, kv_cache_dtype),
+            dtype=kv_cache_dtype,
+            device=platform.device,
         )
         self._visual_embeds: dict[str, torch.Tensor] = {}
         self._encoding: tuple[ImageBatch, torch.Tensor] | None = None

@@ -47,7 +47,7 @@ class Attention(nn.Module):
     def forward(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: Batch, kv_cache: torch.Tensor
     ) -> torch.Tensor:
-        """x: [num_tokens, hidden_size], kv_cache: [2, num_blocks, block_size, num_kv_heads, head_dim]."""
+        """x: [num_tokens, hidden_size], kv_cache: one layer of WemmModel.kv_cache_shape."""
         qkv = self.wqkv(x, batch.image_rows).view(-1, self._num_kv_heads, self._group + 2, self._head_dim)
         query = rotary_embedding(qkv[:, :, : self._group].flatten(1, 2), cos, sin)
         key = rotary_embedding(qkv[:, :, self._group], cos, sin)
@@ -126,7 +126,7 @@ class InternLM2(nn.Module):
     def forward(self, x: torch.Tensor, batch: Batch, kv_cache: torch.Tensor) -> torch.Tensor:
         """Embeddings [num_tokens, hidden_size] → normed hidden states of batch.logits_rows.
 
-        kv_cache: [num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim], written in place.
+        kv_cache: WemmModel.kv_cache_shape, written in place.
         """
         cos, sin = rotary_angles(batch.positions, self._config)
         for i, layer in enumerate(self.layers):

@@ -14,7 +14,7 @@ from wemm.model.batch import Batch
 from wemm.model.downsampler import Downsampler
 from wemm.model.internlm2 import InternLM2
 from wemm.model.vision_tower import VisionTower
-from wemm.quantization import scheme_of
+from wemm.quantization import KV_SCALE_BYTES, scheme_of
 
 
 class WemmModel(nn.Module):
@@ -65,11 +65,14 @@ class WemmModel(nn.Module):
         hidden: torch.Tensor = self.language_model(embeds, batch, kv_cache)
         return hidden
 
-    def kv_cache_shape(self, num_blocks: int, block_size: int) -> tuple[int, ...]:
-        """Of the `kv_cache` that `forward` takes, on this rank."""
+    def kv_cache_shape(
+        self, num_blocks: int, block_size: int, dtype: torch.dtype = torch.float32
+    ) -> tuple[int, ...]:
+        """Of the `kv_cache` that `forward` takes, on this rank; with int8 there are scales in it."""
         text = self._text
         num_kv_heads = self._tensor_parallel.length(text.num_key_value_heads)
-        return text.num_hidden_layers, 2, num_blocks, block_size, num_kv_heads, text.head_dim
+        width = text.head_dim + (KV_SCALE_BYTES if dtype is torch.int8 else 0)
+        return text.num_hidden_layers, 2, num_blocks, block_size, num_kv_heads, width
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[num_seqs, hidden_size] → float32 [num_seqs, vocab_size]."""

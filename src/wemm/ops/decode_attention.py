@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from wemm.ops.registry import Inputs, LazyCases, ModelShapes, op, tensor_bytes
+from wemm.quantization import dequantize_kv, quantize_kv
 
 _BLOCK_SIZE = 16
 _SEQS_PER_CALL = 16
@@ -39,17 +40,29 @@ def _cases(inputs: Inputs) -> Mapping[str, tuple[Any, ...]]:
         "mixed lengths": case(1, 17, 160),
         "many": case(*range(1, 40)),
         "no grouping": case(5, 33, group=1),
+        "int8": with_int8_caches(case(1, 17, 160)),
     }
+
+
+def with_int8_caches(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same case, its keys and values as a cache of int8 keeps them."""
+    query, key_cache, value_cache, *rest = arguments
+    return query, quantize_kv(key_cache), quantize_kv(value_cache), *rest
 
 
 def _model_cases(inputs: Inputs, shapes: ModelShapes) -> LazyCases:
     text, length = shapes.config.text, shapes.num_prompt_tokens
     heads = text.num_key_value_heads
     sizes = {"num_kv_heads": heads, "group": text.num_attention_heads // heads, "head_dim": text.head_dim}
-    return {
-        f"decode {n}, context {length}": partial(_case, inputs, *[length] * n, **sizes)
-        for n in shapes.decode_batches
-    }
+
+    def int8(*lengths: int) -> tuple[Any, ...]:
+        return with_int8_caches(_case(inputs, *lengths, **sizes))
+
+    cases: dict[str, Callable[[], tuple[Any, ...]]] = {}
+    for n in shapes.decode_batches:
+        cases[f"decode {n}, context {length}"] = partial(_case, inputs, *[length] * n, **sizes)
+        cases[f"decode {n}, context {length}, int8"] = partial(int8, *[length] * n)
+    return cases
 
 
 def _flops(
@@ -88,6 +101,7 @@ def decode_attention(
 
     query: [num_seqs, num_heads, head_dim], caches: [num_blocks, block_size, num_kv_heads, head_dim],
     block_tables: int32 [num_seqs, max_blocks], seq_lens: int32 [num_seqs] → like query.
+    Caches of int8 are those of store_kv.
     """
     block_size, num_kv_heads = key_cache.shape[1:3]
     outputs = []
@@ -99,7 +113,10 @@ def decode_attention(
         blocks = block_tables[part, : -(-longest // block_size)].long()
         # What lies behind the end of a sequence may be NaN, which no mask makes harmless.
         k, v = (
-            cache[blocks].flatten(1, 2)[:, :longest].masked_fill(~visible[:, :, None, None], 0).transpose(1, 2)
+            widened(cache[blocks], query.dtype)
+            .flatten(1, 2)[:, :longest]
+            .masked_fill(~visible[:, :, None, None], 0)
+            .transpose(1, 2)
             for cache in (key_cache, value_cache)
         )  # [num_seqs, num_kv_heads, longest, head_dim]
         # The query heads of a group attend to the same keys: they are the queries of one KV head.
@@ -107,3 +124,8 @@ def decode_attention(
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None, None], scale=scale)
         outputs.append(y.flatten(1, 2))
     return torch.cat(outputs)
+
+
+def widened(blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Keys or values out of a cache, as they are multiplied."""
+    return dequantize_kv(blocks).to(dtype) if blocks.dtype is torch.int8 else blocks

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from wemm.ops.decode_attention import widened, with_int8_caches
 from wemm.ops.registry import Inputs, LazyCases, ModelShapes, op, tensor_bytes
 
 _BLOCK_SIZE = 16
@@ -45,6 +46,7 @@ def _cases(inputs: Inputs) -> Mapping[str, tuple[Any, ...]]:
         "equal neighbours": case((0, 9), (0, 40), (0, 40), (16, 3), (16, 3)),
         "chunk after cached tokens": case((45, 20), (16, 1)),
         "no grouping": case((3, 10), num_kv_heads=4, group=1),
+        "int8": with_int8_caches(case((45, 20), (0, 33))),
     }
 
 
@@ -102,9 +104,10 @@ def prefill_attention(
     query: [num_tokens, num_heads, head_dim], sequence i being rows cu_seqlens_q[i]:cu_seqlens_q[i+1]
     and the last positions of its seq_lens[i] tokens, whose keys and values (already stored) lie in
     the blocks block_tables[i]. caches: [num_blocks, block_size, num_kv_heads, head_dim],
-    block_tables: int32 [num_seqs, max_blocks] → like query.
+    block_tables: int32 [num_seqs, max_blocks] → like query. Caches of int8 are those of store_kv.
     """
-    block_size, num_kv_heads, head_dim = key_cache.shape[1:]
+    block_size, num_kv_heads = key_cache.shape[1:3]
+    head_dim = query.shape[2]
     group = query.shape[1] // num_kv_heads
     outputs = []
     start, first = 0, 0
@@ -117,7 +120,7 @@ def prefill_attention(
         stop, last = start + num_seqs * num_new, first + num_seqs
         blocks = block_tables[first:last, : -(-seq_len // block_size)].long()
         k, v = (
-            cache[blocks].flatten(1, 2)[:, :seq_len].transpose(1, 2).flatten(0, 1)
+            widened(cache[blocks], query.dtype).flatten(1, 2)[:, :seq_len].transpose(1, 2).flatten(0, 1)
             for cache in (key_cache, value_cache)
         )  # [num_seqs * num_kv_heads, seq_len, head_dim]
         k, v = (x.unsqueeze(1).expand(-1, group, -1, -1) for x in (k, v))

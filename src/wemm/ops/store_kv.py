@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from wemm.ops.registry import Inputs, LazyCases, ModelShapes, op, tensor_bytes
+from wemm.quantization import quantize_kv
 
 _BLOCK_SIZE = 16
 
@@ -21,6 +22,7 @@ def _cases(inputs: Inputs) -> Mapping[str, tuple[Any, ...]]:
     return {
         "prefill": (inputs.normal(40, 2, 32), inputs.normal(40, 2, 32), *caches(), slots[:40]),
         "decode": (inputs.normal(1, 2, 32), inputs.normal(1, 2, 32), *caches(), slots[-1:]),
+        "int8": (inputs.normal(40, 2, 32), inputs.normal(40, 2, 32), *map(quantize_kv, caches()), slots[:40]),
     }
 
 
@@ -48,7 +50,8 @@ def _moved_bytes(
     value_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
 ) -> int:
-    return 2 * tensor_bytes((key, value)) + tensor_bytes(slot_mapping)  # read here, written there
+    written = len(slot_mapping) * tensor_bytes((key_cache[0, 0], value_cache[0, 0]))
+    return tensor_bytes((key, value)) + written + tensor_bytes(slot_mapping)
 
 
 @op(_cases, model_cases=_model_cases, moved_bytes=_moved_bytes)
@@ -63,7 +66,8 @@ def store_kv(
 
     key and value: [num_tokens, num_kv_heads, head_dim],
     caches: [num_blocks, block_size, num_kv_heads, head_dim], slot_mapping: int64 [num_tokens], distinct.
+    Caches of int8 hold [..., head_dim + 4]: quantization.quantize_kv.
     """
-    key_cache.view(-1, *key.shape[1:])[slot_mapping] = key
-    value_cache.view(-1, *value.shape[1:])[slot_mapping] = value
+    for new, cache in ((key, key_cache), (value, value_cache)):
+        cache.flatten(0, 1)[slot_mapping] = quantize_kv(new) if cache.dtype is torch.int8 else new
     return key_cache, value_cache
