@@ -15,7 +15,9 @@ MAX_TOKENS = 4
 def _supports(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
     tensors = [x, weight] if bias is None else [x, weight, bias]
     fits = x.dim() == 2 and x.shape[0] <= MAX_TOKENS
-    return fits and all(t.dtype is torch.bfloat16 and t.is_contiguous() for t in tensors)
+    return fits and x.dtype in (torch.bfloat16, torch.float16) and all(
+        t.dtype == x.dtype and t.is_contiguous() for t in tensors
+    )
 
 
 @linear.impl("cpp", device="cpu", supports=_supports)
