@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,18 +18,16 @@ from wemm.kernels import load_kernels
 from wemm.ops.decode_attention import decode_attention
 from wemm.ops.layer_norm import layer_norm
 from wemm.ops.linear import linear
-from wemm.ops.registry import OPS
+from wemm.ops.registry import OPS, Inputs
 from wemm.ops.rms_norm import rms_norm
 from wemm.ops.rotary_embedding import rotary_embedding
 from wemm.ops.silu_and_mul import silu_and_mul
 
 load_kernels("cpu")
 BUILT = importlib.util.find_spec("wemm.kernels.cpu._kernels") is not None
-needs_extension = pytest.mark.skipif(not BUILT, reason="the C++ extension is not built here")
-pytestmark = needs_extension
+pytestmark = pytest.mark.skipif(not BUILT, reason="the C++ extension is not built here")
 F16 = torch.float16
 ALL_FLOAT16 = torch.arange(-(2**15), 2**15).to(torch.int16).view(F16)
-WIDENED = any(i.name == "widened" for i in linear.implementations)
 SEEDS = st.integers(0, 2**31)
 FUZZ = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -46,13 +48,14 @@ def _normal(seed, *shapes):
 
 
 def _compare(op, arguments, kernel="cpp"):
-    tolerance = op.tolerances[F16]
+    dtype = arguments[0].dtype
+    tolerance = op.tolerances[dtype]
     wide = [a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
     with torch.inference_mode():
         oracle = op.definition(*wide)
         with op.using(kernel):
             got = op(*arguments)
-    assert got.dtype is F16
+    assert got.dtype is dtype
     torch.testing.assert_close(got.float(), oracle, rtol=tolerance.rtol, atol=tolerance.atol, equal_nan=True)
 
 
@@ -113,8 +116,6 @@ def test_parity_in_float16_on_every_instruction_set(isa, name):
 
 @pytest.mark.parametrize("op", [decode_attention, layer_norm, linear, rms_norm, rotary_embedding, silu_and_mul])
 def test_float16_has_its_kernel(op):
-    from wemm.ops.registry import Inputs
-
     cases = op.cases(Inputs(F16, torch.device("cpu"))).values()
     cpp = next(i for i in op.implementations if i.name == "cpp")
     assert any(cpp.supports(*arguments) for arguments in cases)
@@ -178,3 +179,67 @@ def test_the_contract_of_linear_in_float16():
         _kernels.linear(x, weight, bias, out)
     with pytest.raises(ValueError, match="dtypes differ"):
         _kernels.linear(x, as_argument(torch.zeros(3, 8, dtype=torch.bfloat16)), None, out)
+
+
+@FUZZ
+@given(
+    tokens=st.integers(5, 40), out=st.integers(1, 300), width=st.integers(1, 200), bias=st.booleans(), seed=SEEDS
+)
+def test_linear_of_tokens_that_take_several_passes(tokens, out, width, bias, seed):
+    from wemm.kernels.cpu import _kernels
+    from wemm.kernels.cpu.tensors import as_argument
+
+    x, weight, offset = _normal(seed, (tokens, width), (out, width), (out,))
+    weight = (weight * width**-0.5).to(F16)
+    got = torch.empty(tokens, out, dtype=F16)
+    bias_argument = as_argument(offset) if bias else None
+    _kernels.linear(as_argument(x), as_argument(weight), bias_argument, as_argument(got))
+    expected = F.linear(x.float(), weight.float(), offset.float() if bias else None)
+    tolerance = linear.tolerances[F16]
+    torch.testing.assert_close(got.float(), expected, rtol=tolerance.rtol, atol=tolerance.atol)
+
+
+@FUZZ
+@given(
+    tokens=st.integers(0, 40),
+    out=st.integers(1, 300),
+    width=st.integers(1, 200),
+    piece=st.sampled_from([1, 1000, 2**21]),
+    bias=st.booleans(),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+    seed=SEEDS,
+)
+def test_widened_linear_of_any_shape_and_size_of_piece(tokens, out, width, piece, bias, dtype, seed):
+    import wemm.kernels.cpu.linear as module
+
+    x, weight, offset = (t.to(dtype) for t in _normal(seed, (tokens, width), (out, width), (out,)))
+    arguments = x, (weight * width**-0.5).to(dtype), offset if bias else None
+    before, module.PIECE = module.PIECE, piece
+    try:
+        _compare(linear, arguments, f"widened_{str(dtype).removeprefix('torch.')}")
+    finally:
+        module.PIECE = before
+
+
+_CHOSEN = """
+import torch
+from wemm.kernels import load_kernels
+from wemm.ops.linear import linear
+load_kernels("cpu")
+for dtype in (torch.float16, torch.bfloat16):
+    for tokens in (4, 64, 65):
+        arguments = torch.ones(tokens, 8, dtype=dtype), torch.ones(8, 8, dtype=dtype)
+        with torch.inference_mode():
+            chosen = linear._choose(*arguments)
+        print(next((i.name for i in linear.implementations if i.function is chosen), "definition").split("_")[0])
+"""
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN, to be told what it has")
+def test_where_onednn_has_no_product_of_16_bit_there_is_one():
+    """oneDNN held to AVX2: what older processors meet."""
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    result = subprocess.run(
+        [sys.executable, "-c", _CHOSEN], env=environment, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split() == ["cpp", "cpp", "widened"] * 2
