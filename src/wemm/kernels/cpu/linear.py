@@ -58,9 +58,7 @@ def _widened(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = 
     return out
 
 
-def _is_of(
-    dtype: torch.dtype, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> bool:
+def _is_of(dtype: torch.dtype, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
     return x.dtype is dtype and _takes(x, weight, bias)
 
 
