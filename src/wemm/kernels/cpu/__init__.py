@@ -8,6 +8,7 @@ import logging
 if importlib.util.find_spec("wemm.kernels.cpu._kernels") is not None:
     from wemm.kernels.cpu import (  # noqa: F401 - each module attaches itself
         _kernels,
+        add_plora,
         decode_attention,
         layer_norm,
         linear,

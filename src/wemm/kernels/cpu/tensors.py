@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """csrc/tensor.h: enum class DType."""
 
 TensorArgument = tuple[int, int, tuple[int, ...], tuple[int, ...]]

@@ -39,8 +39,10 @@ namespace wemm::avx512 {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 namespace wemm::avx2 {
+#define WEMM_ISA_AVX2
 #include "vec.h"
 #include WEMM_THIS_FILE
+#undef WEMM_ISA_AVX2
 }  // namespace wemm::avx2
 #pragma GCC pop_options
 #endif

@@ -20,12 +20,12 @@ bool has_avx512_vnni();
 
 // The version of a function that was compiled for this machine.
 #if defined(__x86_64__) && defined(__GNUC__)
-#define WEMM_BEST(function)                                      \
-  (::wemm::isa() >= ::wemm::Isa::avx512 ? ::wemm::avx512::function \
-   : ::wemm::isa() == ::wemm::Isa::avx2 ? ::wemm::avx2::function   \
-                                        : ::wemm::portable::function)
+#define WEMM_BEST(...)                                              \
+  (::wemm::isa() >= ::wemm::Isa::avx512 ? ::wemm::avx512::__VA_ARGS__ \
+   : ::wemm::isa() == ::wemm::Isa::avx2 ? ::wemm::avx2::__VA_ARGS__   \
+                                        : ::wemm::portable::__VA_ARGS__)
 #else
-#define WEMM_BEST(function) ::wemm::portable::function
+#define WEMM_BEST(...) ::wemm::portable::__VA_ARGS__
 #endif
 
 #if defined(__GNUC__)

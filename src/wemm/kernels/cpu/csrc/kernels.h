@@ -19,9 +19,9 @@ void silu_and_mul(const TensorArgument& gate, const TensorArgument& up, const Te
 void rotary_embedding(const TensorArgument& x, const TensorArgument& cos, const TensorArgument& sin,
                       const TensorArgument& out);
 
+// Tokens that share a pass over the weight.
 constexpr std::int64_t kMaxGemvTokens = 4;
 
-// At most kMaxGemvTokens tokens.
 void linear(const TensorArgument& x, const TensorArgument& weight, const std::optional<TensorArgument>& bias,
             const TensorArgument& out);
 

@@ -34,20 +34,21 @@ void layer_norm(const TensorArgument& x_argument, const TensorArgument& weight_a
 
 template <typename T>
 void layer_norm_row(const T* x, const T* weight, const T* bias, std::int64_t n, float eps, T* out) {
-  float total = 0.0f;
-#pragma omp simd reduction(+ : total)
-  for (std::int64_t i = 0; i < n; ++i) total += to_float(x[i]);
-  const float mean = total / static_cast<float>(n);
-  float squares = 0.0f;
-#pragma omp simd reduction(+ : squares)
-  for (std::int64_t i = 0; i < n; ++i) {
-    const float value = to_float(x[i]) - mean;
-    squares += value * value;
+  Floats total = {};
+  for (std::int64_t i = 0; i < n; i += kLanes) total += load(x + i, n - i);
+  const float mean = sum(total) / static_cast<float>(n);
+  Floats lanes = {};
+  std::int64_t whole = 0;
+  for (; whole + kLanes <= n; whole += kLanes) {
+    const Floats value = load(x + whole) - mean;
+    lanes += value * value;
   }
+  float squares = sum(lanes);
+  for (std::int64_t i = whole; i < n; ++i) squares += (to_float(x[i]) - mean) * (to_float(x[i]) - mean);
   const float scale = 1.0f / std::sqrt(squares / static_cast<float>(n) + eps);
-#pragma omp simd
-  for (std::int64_t i = 0; i < n; ++i) {
-    out[i] = from_float<T>((to_float(x[i]) - mean) * scale * to_float(weight[i]) + to_float(bias[i]));
+  for (std::int64_t i = 0; i < n; i += kLanes) {
+    const Floats value = (load(x + i, n - i) - mean) * scale;
+    store(value * load(weight + i, n - i) + load(bias + i, n - i), out + i, n - i);
   }
 }
 

@@ -1,4 +1,5 @@
-// ops/linear.py for a few tokens: every weight is read once, at the speed of memory.
+// ops/linear.py for few tokens: every weight is read once, at the speed of memory, and stays in the cache while four
+// tokens after four pass over it.
 
 #ifndef WEMM_COMPILING_FOR_ISA
 
@@ -13,13 +14,35 @@ namespace wemm {
 namespace {
 
 constexpr std::int64_t kRowsPerJob = 128;
+constexpr std::int64_t kCached = 1 << 17;  // elements
 
+template <typename T>
 auto rows_of(std::int64_t tokens) {
   switch (tokens) {
-    case 1: return WEMM_BEST(linear_rows<1>);
-    case 2: return WEMM_BEST(linear_rows<2>);
-    case 3: return WEMM_BEST(linear_rows<3>);
-    default: return WEMM_BEST(linear_rows<4>);
+    case 1: return WEMM_BEST(linear_rows<1, T>);
+    case 2: return WEMM_BEST(linear_rows<2, T>);
+    case 3: return WEMM_BEST(linear_rows<3, T>);
+    default: return WEMM_BEST(linear_rows<4, T>);
+  }
+}
+
+template <typename T>
+void multiply(const Tensor& x, const Tensor& weight, const T* bias, const Tensor& out) {
+  const std::int64_t tokens = x.shape[0], width = x.shape[1], outputs = weight.shape[0];
+  std::vector<float> wide(tokens * width);
+  for (std::int64_t i = 0; i < tokens * width; ++i) wide[i] = to_float(x.data<T>()[i]);
+  const std::int64_t whole = tokens / kMaxGemvTokens * kMaxGemvTokens;
+  const auto together = rows_of<T>(kMaxGemvTokens), others = rows_of<T>(tokens - whole);
+  const std::int64_t cached = std::clamp<std::int64_t>(kCached / std::max<std::int64_t>(width, 1), 4, kRowsPerJob);
+  const std::int64_t rows_per_job = tokens > kMaxGemvTokens ? cached : kRowsPerJob;
+  const std::int64_t jobs = (outputs + rows_per_job - 1) / rows_per_job;
+#pragma omp parallel for schedule(static) if (jobs > 1)
+  for (std::int64_t job = 0; job < jobs; ++job) {
+    const std::int64_t first = job * rows_per_job, last = std::min(first + rows_per_job, outputs);
+    for (std::int64_t m = 0; m < tokens; m += kMaxGemvTokens) {
+      const auto rows = m < whole ? together : others;
+      rows(weight.data<T>(), bias, wide.data() + m * width, width, first, last, outputs, out.data<T>() + m * outputs);
+    }
   }
 }
 
@@ -33,25 +56,18 @@ void linear(const TensorArgument& x_argument, const TensorArgument& weight_argum
       .expect("weight", weight, {"out", "in"})
       .expect("out", out, {"num_tokens", "out"})
       .same_dtype({&x, &weight, &out});
-  const bfloat16* bias = nullptr;
+  std::uintptr_t bias = 0;
   if (bias_argument) {
     const Tensor given(*bias_argument);
     contract.expect("bias", given, {"out"}).same_dtype({&x, &given});
-    bias = given.data<bfloat16>();
+    bias = given.address;
   }
-  const std::int64_t tokens = contract["num_tokens"], width = contract["in"], outputs = contract["out"];
-  contract.require(x.dtype == DType::bfloat16, "takes bfloat16");
-  contract.require(tokens <= kMaxGemvTokens, "takes at most 4 tokens");
-  if (tokens == 0) return;
-
-  std::vector<float> wide(tokens * width);
-  for (std::int64_t i = 0; i < tokens * width; ++i) wide[i] = to_float(x.data<bfloat16>()[i]);
-  const auto rows = rows_of(tokens);
-  const std::int64_t jobs = (outputs + kRowsPerJob - 1) / kRowsPerJob;
-#pragma omp parallel for schedule(static) if (jobs > 1)
-  for (std::int64_t job = 0; job < jobs; ++job) {
-    const std::int64_t first = job * kRowsPerJob, last = std::min(first + kRowsPerJob, outputs);
-    rows(weight.data<bfloat16>(), bias, wide.data(), width, first, last, outputs, out.data<bfloat16>());
+  contract.require(x.dtype == DType::bfloat16 || x.dtype == DType::float16, "takes bfloat16 or float16");
+  if (contract["num_tokens"] == 0) return;
+  if (x.dtype == DType::float16) {
+    multiply(x, weight, reinterpret_cast<const float16*>(bias), out);
+  } else {
+    multiply(x, weight, reinterpret_cast<const bfloat16*>(bias), out);
   }
 }
 
@@ -60,18 +76,18 @@ void linear(const TensorArgument& x_argument, const TensorArgument& weight_argum
 #else
 
 // Rows first, first + apart, … of the weight, R of them, times M tokens. x: float32 [M, width].
-template <int R, int M>
-WEMM_INLINE void some_rows(const bfloat16* weight, const bfloat16* bias, const float* x, std::int64_t width,
-                           std::int64_t first, std::int64_t apart, std::int64_t outputs, bfloat16* out) {
+template <int R, int M, typename T>
+WEMM_INLINE void some_rows(const T* weight, const T* bias, const float* x, std::int64_t width,
+                           std::int64_t first, std::int64_t apart, std::int64_t outputs, T* out) {
   constexpr std::int64_t kAhead = 1024;  // elements: 2 KiB before they are needed
-  const bfloat16* rows = weight + first * width;
+  const T* rows = weight + first * width;
   const std::int64_t stride = apart * width;
   Floats sums[R][M] = {};
   std::int64_t k = 0;
   for (; k + 2 * kLanes <= width; k += 2 * kLanes) {  // with AVX-512, a cache line of each row
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const bfloat16* line = rows + r * stride + k;
+      const T* line = rows + r * stride + k;
       __builtin_prefetch(line + kAhead);
       const Floats first = load(line), second = load(line + kLanes);
 #pragma GCC unroll 4
@@ -87,16 +103,16 @@ WEMM_INLINE void some_rows(const bfloat16* weight, const bfloat16* bias, const f
     for (int m = 0; m < M; ++m) {
       float total = sum(sums[r][m]);
       for (std::int64_t i = k; i < width; ++i) total += to_float(rows[r * stride + i]) * x[m * width + i];
-      out[m * outputs + row] = from_float<bfloat16>(total + offset);
+      out[m * outputs + row] = from_float<T>(total + offset);
     }
   }
 }
 
 // Rows first..last, in several streams: more of memory is under way, and they share the loads of the tokens. The rows of
 // a stream lie one behind the other, so that what is fetched ahead at the end of one is the beginning of the next.
-template <int M>
-void linear_rows(const bfloat16* weight, const bfloat16* bias, const float* x, std::int64_t width, std::int64_t first,
-                 std::int64_t last, std::int64_t outputs, bfloat16* out) {
+template <int M, typename T>
+void linear_rows(const T* weight, const T* bias, const float* x, std::int64_t width, std::int64_t first,
+                 std::int64_t last, std::int64_t outputs, T* out) {
   constexpr int R = kManyRegisters || M <= 2 ? 4 : 2;  // R * M sums stay in registers
   const std::int64_t apart = (last - first) / R;
   for (std::int64_t i = 0; i < apart; ++i) some_rows<R, M>(weight, bias, x, width, first + i, apart, outputs, out);

@@ -33,16 +33,14 @@ void rms_norm(const TensorArgument& x_argument, const TensorArgument& weight_arg
 
 template <typename T>
 void rms_norm_row(const T* x, const T* weight, std::int64_t n, float eps, T* out) {
-  float squares = 0.0f;
-#pragma omp simd reduction(+ : squares)
-  for (std::int64_t i = 0; i < n; ++i) {
-    const float value = to_float(x[i]);
+  Floats squares = {};
+  for (std::int64_t i = 0; i < n; i += kLanes) {
+    const Floats value = load(x + i, n - i);
     squares += value * value;
   }
-  const float scale = 1.0f / std::sqrt(squares / static_cast<float>(n) + eps);
-#pragma omp simd
-  for (std::int64_t i = 0; i < n; ++i) {
-    out[i] = from_float<T>(to_float(x[i]) * scale * to_float(weight[i]));
+  const float scale = 1.0f / std::sqrt(sum(squares) / static_cast<float>(n) + eps);
+  for (std::int64_t i = 0; i < n; i += kLanes) {
+    store(load(x + i, n - i) * scale * load(weight + i, n - i), out + i, n - i);
   }
 }
 

@@ -39,11 +39,12 @@ void rotary_embedding(const TensorArgument& x_argument, const TensorArgument& co
 
 template <typename T>
 void rotate_head(const T* x, const float* cos, const float* sin, std::int64_t half, T* out) {
-#pragma omp simd
-  for (std::int64_t i = 0; i < half; ++i) {
-    const float first = to_float(x[i]), second = to_float(x[i + half]);
-    out[i] = from_float<T>(first * cos[i] - second * sin[i]);
-    out[i + half] = from_float<T>(second * cos[i] + first * sin[i]);
+  for (std::int64_t i = 0; i < half; i += kLanes) {
+    const std::int64_t count = half - i;
+    const Floats first = load(x + i, count), second = load(x + half + i, count);
+    const Floats c = load(cos + i, count), s = load(sin + i, count);
+    store(first * c - second * s, out + i, count);
+    store(second * c + first * s, out + half + i, count);
   }
 }
 

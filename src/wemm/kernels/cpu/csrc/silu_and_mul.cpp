@@ -42,10 +42,9 @@ void silu_and_mul(const TensorArgument& gate_argument, const TensorArgument& up_
 
 template <typename T>
 void silu_and_mul_piece(const T* gate, const T* up, std::int64_t n, T* out) {
-#pragma omp simd
-  for (std::int64_t i = 0; i < n; ++i) {
-    const float g = to_float(gate[i]);
-    out[i] = from_float<T>(g / (1.0f + exp_approx(-g)) * to_float(up[i]));
+  for (std::int64_t i = 0; i < n; i += kLanes) {
+    const Floats g = load(gate + i, n - i);
+    store(g / (1.0f + exp_approx(-g)) * load(up + i, n - i), out + i, n - i);
   }
 }
 

@@ -14,7 +14,7 @@
 
 namespace wemm {
 
-enum class DType : int { float32 = 0, bfloat16 = 1 };  // wemm/kernels/cpu/tensors.py: DTYPE_CODES
+enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };  // wemm/kernels/cpu/tensors.py: DTYPE_CODES
 
 using TensorArgument = std::tuple<std::uintptr_t, int, std::vector<std::int64_t>, std::vector<std::int64_t>>;
 
@@ -63,7 +63,9 @@ class Contract {
 
   // Contiguous in the last dimension only.
   Contract& expect_rows(const char* name, const Tensor& tensor, std::initializer_list<const char*> dims) {
-    if (tensor.dtype != DType::float32 && tensor.dtype != DType::bfloat16) fail(name, "has an unknown dtype");
+    if (tensor.dtype != DType::float32 && tensor.dtype != DType::bfloat16 && tensor.dtype != DType::float16) {
+      fail(name, "has an unknown dtype");
+    }
     if (tensor.shape.size() != dims.size() || tensor.strides.size() != dims.size()) {
       fail(name, "must have " + std::to_string(dims.size()) + " dimensions");
     }
@@ -132,6 +134,8 @@ template <typename Function>
 void with_dtype(DType dtype, Function function) {
   if (dtype == DType::float32) {
     function(float());
+  } else if (dtype == DType::float16) {
+    function(float16());
   } else {
     function(bfloat16());
   }

@@ -9,6 +9,8 @@ constexpr int kLanes = 8;
 constexpr bool kManyRegisters = false;
 #endif
 typedef float Floats __attribute__((vector_size(sizeof(float) * kLanes)));
+typedef std::uint32_t Words __attribute__((vector_size(sizeof(float) * kLanes)));
+typedef std::uint16_t Halves __attribute__((vector_size(sizeof(std::uint16_t) * kLanes)));
 
 WEMM_INLINE Floats load(const float* x) {
   Floats value;
@@ -21,15 +23,59 @@ WEMM_INLINE Floats load(const bfloat16* x) {
   const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
   return (Floats)_mm512_slli_epi32(words, 16);
 #else
-  typedef std::uint16_t Halves __attribute__((vector_size(sizeof(std::uint16_t) * kLanes)));
-  typedef std::uint32_t Words __attribute__((vector_size(sizeof(float) * kLanes)));
   Halves halves;
   std::memcpy(&halves, x, sizeof halves);
   return (Floats)(__builtin_convertvector(halves, Words) << 16);
 #endif
 }
 
+WEMM_INLINE Floats load(const float16* x) {
+#if defined(WEMM_ISA_AVX512)
+  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+#elif defined(WEMM_ISA_AVX2)
+  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+#else
+  float values[kLanes];
+  for (int i = 0; i < kLanes; ++i) values[i] = to_float(x[i]);
+  return load(values);
+#endif
+}
+
 WEMM_INLINE void store(const Floats& value, float* x) { std::memcpy(x, &value, sizeof value); }
+
+WEMM_INLINE void store(const Floats& value, bfloat16* x) {
+  const Words bits = (Words)value;
+  const Words rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  const Halves halves = __builtin_convertvector((Words)(value != value ? 0x7FC0 : rounded), Halves);
+  std::memcpy(x, &halves, sizeof halves);
+}
+
+WEMM_INLINE void store(const Floats& value, float16* x) {
+#if defined(WEMM_ISA_AVX512)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(WEMM_ISA_AVX2)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(x), _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes; ++i) x[i] = from_float<float16>(value[i]);
+#endif
+}
+
+// The first `count` elements where a row ends: zeros behind them, and nothing is read or written there.
+template <typename T>
+WEMM_INLINE Floats load(const T* x, std::int64_t count) {
+  if (count >= kLanes) return load(x);
+  T some[kLanes] = {};
+  std::memcpy(some, x, sizeof(T) * count);
+  return load(some);
+}
+
+template <typename T>
+WEMM_INLINE void store(const Floats& value, T* x, std::int64_t count) {
+  if (count >= kLanes) return store(value, x);
+  T some[kLanes];
+  store(value, some);
+  std::memcpy(x, some, sizeof(T) * count);
+}
 
 // In pairs, not one after another: fewer steps.
 WEMM_INLINE float sum(const Floats& x) {
@@ -46,25 +92,29 @@ WEMM_INLINE float sum(const Floats& x) {
 }
 
 // e^x, relative error 2e-7; nearly 0 below -87, infinity from 88.4 on. NaN gives some number: the callers' own
-// arithmetic keeps it.
-WEMM_INLINE float exp_approx(float x) {
+// arithmetic keeps it. For one number and for a vector of them.
+template <typename Float, typename Bits>
+WEMM_INLINE Float exp_approx(Float x) {
   x = x < -87.0f ? -87.0f : x;
   x = x > 89.0f ? 89.0f : x;
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const float shifted = x * 1.44269504f + magic;
-  const float n = shifted - magic;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float y = 1.9875691500e-4f;
-  y = y * r + 1.3981999507e-3f;
+  const Float shifted = x * 1.44269504f + magic;
+  const Float n = shifted - magic;
+  const Float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Float y = r * 1.9875691500e-4f + 1.3981999507e-3f;
   y = y * r + 8.3334519073e-3f;
   y = y * r + 4.1665795894e-2f;
   y = y * r + 1.6666665459e-1f;
   y = y * r + 5.0000001201e-1f;
   y = y * r * r + r + 1.0f;
-  std::int32_t bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  const std::uint32_t power = static_cast<std::uint32_t>(bits + (127 - 0x4B400000)) << 23;
-  float scale;
+  Bits power;
+  std::memcpy(&power, &shifted, sizeof power);
+  power = (power + (127u - 0x4B400000u)) << 23;
+  Float scale;
   std::memcpy(&scale, &power, sizeof scale);
   return y * scale;
 }
+
+WEMM_INLINE float exp_approx(float x) { return exp_approx<float, std::uint32_t>(x); }
+
+WEMM_INLINE Floats exp_approx(const Floats& x) { return exp_approx<Floats, Words>(x); }
