@@ -46,7 +46,7 @@ float quantize_row(const T* x, std::int64_t n, std::int8_t* integers) {
   }
   float largest;
   std::memcpy(&largest, &bits, sizeof largest);
-  const float inverse = 127.0f / largest;
+  const float inverse = 1.0f / largest * 127.0f;  // as torch divides a number by a tensor
   if (bits == 0 || !std::isfinite(inverse) || !std::isfinite(largest)) {
     std::memset(integers, 0, n);
     return bits == 0 ? 0.0f : NAN;
