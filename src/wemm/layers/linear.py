@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from wemm.distributed import TensorParallel
@@ -17,6 +16,7 @@ from wemm.ops.linear import linear
 from wemm.ops.linear_gelu import linear_gelu
 from wemm.ops.linear_int4 import linear_int4
 from wemm.ops.linear_int8 import linear_int8
+from wemm.ops.linear_int8_gelu import linear_int8_gelu
 from wemm.quantization import Scheme
 
 _PRODUCTS = {"int8": linear_int8, "int4": linear_int4}
@@ -103,7 +103,8 @@ class ColumnParallelLinearGelu(ColumnParallelLinear):
         assert self.bias is not None
         if self.scheme is None:
             return linear_gelu(x, self.weight, self.bias)
-        return F.gelu(self.product(x, self.bias), approximate="tanh")
+        assert self.weight_scale is not None and self.scheme.name == "int8"
+        return linear_int8_gelu(x, self.weight, self.weight_scale, self.bias)
 
 
 class RowParallelLinear(QuantizableLinear):

@@ -1,0 +1,232 @@
+// linear_int8 for many tokens: blocks of 32 tokens x 32 outputs, on matrix tiles or on AVX-512 VNNI.
+//
+// Tokens are rounded to int8 and used as they lie. Weights are transposed as they are used, 128 outputs at a time: in a
+// tile, four inputs of 16 outputs lie side by side. So sums come out as the result is written, outputs side by side.
+
+#include "linear_int8.h"
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "amx.h"
+#include "isa.h"
+#include "quantize_rows.h"
+
+namespace wemm {
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define WEMM_AVX512_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
+
+namespace {
+
+constexpr std::int64_t kBlock = 32;          // tokens, and outputs, multiplied at once
+constexpr std::int64_t kGroup = 64;          // inputs of a tile
+constexpr std::int64_t kTile = 16 * kGroup;  // bytes
+constexpr std::int64_t kTokens = 1024;       // rounded at a time
+constexpr std::int64_t kGroups = 72;         // of a packed weight: 590 KB of the second-level cache
+constexpr std::int64_t kOutputs = 128;       // of a packed weight
+
+std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
+
+// Memory that begins with a cache line.
+template <typename T>
+class Lines {
+ public:
+  explicit Lines(std::int64_t size) : memory_(size + 64 / sizeof(T)) {
+    void* start = memory_.data();
+    std::size_t space = memory_.size() * sizeof(T);
+    data_ = static_cast<T*>(std::align(64, size * sizeof(T), start, space));
+  }
+  T* data() { return data_; }
+
+ private:
+  std::vector<T> memory_;
+  T* data_;
+};
+
+// A block of tokens, `stride` bytes apart, times a block of packed outputs: sums [32, kOutputs], those of `start` or,
+// where that is null, what lies there already, and all products more.
+using Multiply = void (*)(const std::int8_t* x, std::int64_t stride, const std::int8_t* tiles, std::int64_t between,
+                          std::int64_t groups, const std::int32_t* start, std::int32_t* sums);
+
+WEMM_AMX void multiply_amx(const std::int8_t* x, std::int64_t stride, const std::int8_t* tiles, std::int64_t between,
+                           std::int64_t groups, const std::int32_t* start, std::int32_t* sums) {
+  constexpr std::int64_t kRow = kOutputs * sizeof(std::int32_t);
+  std::int32_t* const below = sums + 16 * kOutputs;
+  if (start != nullptr) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, sums, kRow);
+    _tile_loadd(1, sums + 16, kRow);
+    _tile_loadd(2, below, kRow);
+    _tile_loadd(3, below + 16, kRow);
+  }
+  for (std::int64_t g = 0; g < groups; ++g) {
+    _tile_loadd(4, x + g * kGroup, stride);
+    _tile_loadd(6, tiles + g * kTile, kGroup);
+    _tile_dpbssd(0, 4, 6);
+    _tile_loadd(7, tiles + between + g * kTile, kGroup);
+    _tile_dpbssd(1, 4, 7);
+    _tile_loadd(5, x + 16 * stride + g * kGroup, stride);
+    _tile_dpbssd(2, 5, 6);
+    _tile_dpbssd(3, 5, 7);
+  }
+  _tile_stored(0, sums, kRow);
+  _tile_stored(1, sums + 16, kRow);
+  _tile_stored(2, below, kRow);
+  _tile_stored(3, below + 16, kRow);
+}
+
+// Packed weights are 128 too large here, and `start` begins as much too low.
+WEMM_AVX512_VNNI void multiply_vnni(const std::int8_t* x, std::int64_t stride, const std::int8_t* tiles,
+                                    std::int64_t between, std::int64_t groups, const std::int32_t* start,
+                                    std::int32_t* sums) {
+  constexpr int kRows = 8;
+  for (std::int64_t token = 0; token < kBlock; token += kRows) {
+    __m512i totals[kRows][2];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        totals[r][v] = start != nullptr ? _mm512_set1_epi32(start[token + r])
+                                        : _mm512_loadu_si512(sums + (token + r) * kOutputs + 16 * v);
+      }
+    for (std::int64_t g = 0; g < groups; ++g) {
+      const std::int8_t* const rows = x + token * stride + g * kGroup;
+      for (std::int64_t k = 0; k < kGroup; k += 4) {
+        const std::int8_t* const quads = tiles + g * kTile + k * 16;
+        const __m512i left = _mm512_load_si512(quads), right = _mm512_load_si512(quads + between);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          std::int32_t four;
+          std::memcpy(&four, rows + r * stride + k, sizeof four);
+          const __m512i inputs = _mm512_set1_epi32(four);
+          totals[r][0] = _mm512_dpbusd_epi32(totals[r][0], left, inputs);
+          totals[r][1] = _mm512_dpbusd_epi32(totals[r][1], right, inputs);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) _mm512_storeu_si512(sums + (token + r) * kOutputs + 16 * v, totals[r][v]);
+  }
+}
+
+// In each of four steps, squares of 8, 4, 2 and 1 numbers change places across the diagonal.
+WEMM_AVX512_VNNI WEMM_INLINE void transpose(__m512i (&rows)[16]) {
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+#pragma GCC unroll 4
+  for (int side = 8; side > 0; side /= 2) {
+    const __m512i other = _mm512_xor_si512(lane, _mm512_set1_epi32(side)), second = _mm512_set1_epi32(16);
+    const __mmask16 right = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(side));
+    const __m512i upper = _mm512_mask_add_epi32(lane, right, other, second);
+    const __m512i lower = _mm512_mask_add_epi32(other, right, lane, second);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      if (i & side) continue;
+      const __m512i a = rows[i], b = rows[i + side];
+      rows[i] = _mm512_permutex2var_epi32(a, upper, b);
+      rows[i + side] = _mm512_permutex2var_epi32(a, lower, b);
+    }
+  }
+}
+
+// Groups first..last of 16 rows of a weight, of which `rows` exist, as tiles. What lies behind the width is read as
+// zeros; behind the rows, the first stands in, and its sums are not looked at.
+WEMM_AVX512_VNNI void pack(const std::int8_t* weight, std::int64_t rows, std::int64_t width, std::int64_t first,
+                           std::int64_t last, std::int8_t flip, std::int8_t* tiles) {
+  for (std::int64_t g = first; g < last; ++g, tiles += kTile) {
+    const std::int64_t left = width - g * kGroup;
+    const __mmask64 inside = left >= kGroup ? ~0ull : (1ull << left) - 1;
+    __m512i tile[16];
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; ++r) {
+      tile[r] = _mm512_maskz_loadu_epi8(inside, weight + (r < rows ? r : 0) * width + g * kGroup);
+    }
+    transpose(tile);
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; ++r) {
+      _mm512_store_si512(tiles + r * kGroup, _mm512_xor_si512(tile[r], _mm512_set1_epi8(flip)));
+    }
+  }
+}
+
+}  // namespace
+
+template <typename T>
+void linear_int8_tiles(const T* x, std::int64_t tokens, const Int8Weight& weight, Finish<T> finish, T* out) {
+  const bool amx = isa() == Isa::amx;
+  const Multiply multiply = amx ? multiply_amx : multiply_vnni;
+  const std::int8_t flip = amx ? 0 : -128;
+  const std::int64_t width = weight.width, groups = round_up(width, kGroup) / kGroup;
+  // An odd number of cache lines: rows begin in different sets of a cache.
+  const std::int64_t stride = (groups | 1) * kGroup;
+  const std::int64_t chunks = (groups + kGroups - 1) / kGroups, chunk = (groups + chunks - 1) / chunks;
+  const std::int64_t at_once = std::min(kTokens, round_up(tokens, kBlock));
+  // The sums of all tokens are kept from one chunk to the next.
+  const std::int64_t kept = chunks > 1 ? at_once : kBlock;
+  const std::int64_t jobs = (weight.outputs + kOutputs - 1) / kOutputs;
+  Lines<std::int8_t> integers(at_once * stride);
+  std::vector<float> x_scale(at_once);
+  std::vector<std::int32_t> start(at_once);
+
+#pragma omp parallel
+  {
+    Lines<std::int8_t> tiles(kOutputs * chunk * kGroup);
+    Lines<std::int32_t> sums(kept * kOutputs);
+    std::optional<Tiles> shape;
+    if (amx) shape.emplace();
+    for (std::int64_t from = 0; from < tokens; from += at_once) {
+      const std::int64_t count = std::min(at_once, tokens - from);
+#pragma omp for schedule(static)
+      for (std::int64_t t = 0; t < count; ++t) {
+        std::int8_t* const row = integers.data() + t * stride;
+        quantize_rows(x + (from + t) * width, 1, width, stride, row, &x_scale[t]);
+        std::int32_t sum = 0;
+        for (std::int64_t k = 0; k < width; ++k) sum += row[k];
+        start[t] = amx ? 0 : -128 * sum;
+      }
+#pragma omp for schedule(dynamic)
+      for (std::int64_t job = 0; job < jobs; ++job) {
+        const std::int64_t first = job * kOutputs, outputs = std::min(kOutputs, weight.outputs - first);
+        for (std::int64_t c = 0; c < chunks; ++c) {
+          const std::int64_t begin = c * chunk, end = std::min(begin + chunk, groups), between = (end - begin) * kTile;
+          for (std::int64_t o = 0; o < outputs; o += 16) {
+            pack(weight.integers + (first + o) * width, outputs - o, width, begin, end, flip,
+                 tiles.data() + o / 16 * between);
+          }
+          for (std::int64_t t = 0; t < count; t += kBlock) {
+            std::int32_t* const block = sums.data() + (chunks > 1 ? t * kOutputs : 0);
+            for (std::int64_t o = 0; o < outputs; o += kBlock) {
+              multiply(integers.data() + t * stride + begin * kGroup, stride, tiles.data() + o / 16 * between, between,
+                       end - begin, c == 0 ? start.data() + t : nullptr, block + o);
+            }
+            if (c + 1 < chunks) continue;
+            for (std::int64_t i = 0; i < std::min(kBlock, count - t); ++i) {
+              finish(block + i * kOutputs, x_scale[t + i], weight.scale + first, weight.bias + first, outputs,
+                     out + (from + t + i) * weight.outputs + first);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+#else
+
+template <typename T>
+void linear_int8_tiles(const T*, std::int64_t, const Int8Weight&, Finish<T>, T*) {}
+
+#endif
+
+template void linear_int8_tiles(const float*, std::int64_t, const Int8Weight&, Finish<float>, float*);
+template void linear_int8_tiles(const bfloat16*, std::int64_t, const Int8Weight&, Finish<bfloat16>, bfloat16*);
+
+}  // namespace wemm
