@@ -58,7 +58,7 @@ OPS = {
         {"op": op, "case": f"case {i}", "implementation": "definition", "microseconds": 12345.6 / (i + 1),
          "gb_per_s": 7.5 + i, "gflop_per_s": 2.0 * i, "intensity": 0.75 * i, "bound": "memory",
          "share_of_ceiling": 0.25 + 0.125 * i}
-        for i, op in enumerate(("store_kv", "rms_norm", "rms_norm", "linear"))
+        for i, op in enumerate(("rope_and_store_kv", "rms_norm", "rms_norm", "linear"))
     ],
     "skipped": ["a case that is too large"],
 }  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from wemm.ops.rotary_embedding import rotary_embedding
 
 from tests.ops.test_parity import check
 from wemm.kernels import load_kernels
@@ -20,7 +21,6 @@ from wemm.ops.layer_norm import layer_norm
 from wemm.ops.linear import linear
 from wemm.ops.registry import OPS, Inputs
 from wemm.ops.rms_norm import rms_norm
-from wemm.ops.rotary_embedding import rotary_embedding
 from wemm.ops.silu_and_mul import silu_and_mul
 
 load_kernels("cpu")

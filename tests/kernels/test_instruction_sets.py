@@ -17,8 +17,9 @@ from wemm.ops.layer_norm import layer_norm
 from wemm.ops.linear import linear
 from wemm.ops.registry import OPS
 from wemm.ops.rms_norm import rms_norm
-from wemm.ops.rotary_embedding import rotary_embedding
+from wemm.ops.rope_and_store_kv import rope_and_store_kv
 from wemm.ops.silu_and_mul import silu_and_mul
+from wemm.quantization import quantize_kv
 
 load_kernels("cpu")
 BUILT = importlib.util.find_spec("wemm.kernels.cpu._kernels") is not None
@@ -121,11 +122,26 @@ def test_norms_of_any_shape(rows, width, dtype, scale, seed):
 
 
 @FUZZ
-@given(tokens=st.integers(0, 5), heads=st.integers(1, 4), half=st.integers(1, 70), dtype=DTYPES, seed=SEEDS)
-def test_rotary_embedding_of_heads_that_lie_apart(tokens, heads, half, dtype, seed):
-    [packed] = _normal(seed, (tokens, heads, 3, 2 * half), dtype=dtype)
+@given(
+    tokens=st.integers(0, 5),
+    heads=st.integers(1, 4),
+    half=st.integers(1, 70),
+    dtype=DTYPES,
+    int8=st.booleans(),
+    seed=SEEDS,
+)
+def test_rope_and_store_kv_is_the_definition_bit_by_bit(tokens, heads, half, dtype, int8, seed):
+    [qkv] = _normal(seed, (tokens, heads, 4, 2 * half), dtype=dtype)
+    caches = _normal(seed, *[(3, 4, heads, 2 * half)] * 2, dtype=dtype)
     [angle] = _normal(seed, (tokens, half), dtype=torch.float32)
-    _compare(rotary_embedding, (packed[:, :, 1], angle.cos(), angle.sin()))
+    caches = [quantize_kv(cache) for cache in caches] if int8 else caches
+    slots = torch.randperm(12, generator=torch.Generator().manual_seed(seed))[:tokens]
+    results = []
+    for name in ("definition", "cpp"):
+        with torch.inference_mode(), rope_and_store_kv.using(name):
+            copies = [cache.clone() for cache in caches]
+            results.append(rope_and_store_kv(qkv, angle.cos(), angle.sin(), *copies, slots))
+    assert all(torch.equal(expected, got) for expected, got in zip(*results, strict=True))
 
 
 @FUZZ
@@ -172,9 +188,15 @@ def test_contracts_of_rows_and_widths():
     t, wide = _argument, torch.float32
     _refused("linear", "bias has 2 in dimension out", t(1, 8), t(3, 8), t(2), t(1, 3))
     _refused("linear", "takes bfloat16", t(1, 8, dtype=wide), t(3, 8, dtype=wide), None, t(1, 3, dtype=wide))
-    _refused("rotary_embedding", "float32 angles", t(1, 1, 8), t(1, 4), t(1, 4), t(1, 1, 8))
-    angles = t(1, 3, dtype=wide)
-    _refused("rotary_embedding", "an angle per pair", t(1, 1, 8), angles, angles, t(1, 1, 8))
+    qkv, angles, cache, query = t(1, 1, 3, 8), t(1, 4, dtype=wide), t(2, 16, 1, 8), t(1, 1, 8)
+    _refused("rope_and_store_kv", "cos has the wrong dtype", qkv, t(1, 4), t(1, 4), cache, cache, [0], query)
+    few = t(1, 3, dtype=wide)
+    _refused("rope_and_store_kv", "an angle per pair", qkv, few, few, cache, cache, [0], query)
+    _refused("rope_and_store_kv", "slots of the cache", qkv, angles, angles, cache, cache, [32], query)
+    _refused("rope_and_store_kv", "slots of the cache", qkv, angles, angles, cache, cache, [-1], query)
+    _refused("rope_and_store_kv", "a slot per token", qkv, angles, angles, cache, cache, [], query)
+    narrow = t(2, 16, 1, 8, dtype=torch.int8)
+    _refused("rope_and_store_kv", "as wide as those given", qkv, angles, angles, narrow, narrow, [0], query)
     _refused("silu_and_mul", "up has 7", t(1, 8), t(1, 7), t(1, 8))
     _refused("layer_norm", "bias has 7", t(1, 8), t(8), t(7), 1e-6, t(1, 8))
 

@@ -26,8 +26,8 @@ PIXELS, EMBEDDED, LOGITS = "pixels", "embedded prompt", "logits"
 _UNIT = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 _ROUNDINGS_PER_LAYER = 12
 _SLACK = 1.0
-# Of a layer whose weights are rounded to integers, and what they multiply: one and a half times what random weights
-# of the real widths show; trained ones show less.
+# Of a layer whose weights are rounded to integers, and what they multiply: one and a half times what random
+# weights of the real widths show; trained ones show less.
 _QUANTIZED = {None: 0.0, "int8": 0.042, "int4": 0.29}
 # Sums of thousands of products in another order, where nothing else is rounded.
 FLOAT32_FLOOR = 1e-4

@@ -16,9 +16,8 @@ from wemm.layers.rotary_embedding import rotary_angles
 from wemm.model.batch import Batch
 from wemm.ops.decode_attention import decode_attention
 from wemm.ops.prefill_attention import prefill_attention
-from wemm.ops.rotary_embedding import rotary_embedding
+from wemm.ops.rope_and_store_kv import rope_and_store_kv
 from wemm.ops.silu_and_mul import silu_and_mul
-from wemm.ops.store_kv import store_kv
 from wemm.quantization import Scheme
 
 LayerPlora = dict[str, PloraSpec | None]
@@ -49,9 +48,7 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """x: [num_tokens, hidden_size], kv_cache: one layer of WemmModel.kv_cache_shape."""
         qkv = self.wqkv(x, batch.image_rows).view(-1, self._num_kv_heads, self._group + 2, self._head_dim)
-        query = rotary_embedding(qkv[:, :, : self._group].flatten(1, 2), cos, sin)
-        key = rotary_embedding(qkv[:, :, self._group], cos, sin)
-        store_kv(key, qkv[:, :, self._group + 1], kv_cache[0], kv_cache[1], batch.slot_mapping)
+        query, _, _ = rope_and_store_kv(qkv, cos, sin, kv_cache[0], kv_cache[1], batch.slot_mapping)
         return self.wo(self._attend(query, batch, kv_cache).flatten(1), batch.image_rows)
 
     def _attend(self, query: torch.Tensor, batch: Batch, kv_cache: torch.Tensor) -> torch.Tensor:

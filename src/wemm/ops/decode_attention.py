@@ -101,7 +101,7 @@ def decode_attention(
 
     query: [num_seqs, num_heads, head_dim], caches: [num_blocks, block_size, num_kv_heads, head_dim],
     block_tables: int32 [num_seqs, max_blocks], seq_lens: int32 [num_seqs] → like query.
-    Caches of int8 are those of store_kv.
+    Caches of int8 are those of rope_and_store_kv.
     """
     block_size, num_kv_heads = key_cache.shape[1:3]
     outputs = []

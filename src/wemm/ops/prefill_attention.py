@@ -104,7 +104,7 @@ def prefill_attention(
     query: [num_tokens, num_heads, head_dim], sequence i being rows cu_seqlens_q[i]:cu_seqlens_q[i+1]
     and the last positions of its seq_lens[i] tokens, whose keys and values (already stored) lie in
     the blocks block_tables[i]. caches: [num_blocks, block_size, num_kv_heads, head_dim],
-    block_tables: int32 [num_seqs, max_blocks] → like query. Caches of int8 are those of store_kv.
+    block_tables: int32 [num_seqs, max_blocks] → like query. Caches of int8 are those of rope_and_store_kv.
     """
     block_size, num_kv_heads = key_cache.shape[1:3]
     head_dim = query.shape[2]

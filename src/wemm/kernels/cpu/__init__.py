@@ -16,7 +16,7 @@ if importlib.util.find_spec("wemm.kernels.cpu._kernels") is not None:
         linear_int8,
         linear_int8_gelu,
         rms_norm,
-        rotary_embedding,
+        rope_and_store_kv,
         silu_and_mul,
     )
 

@@ -5,7 +5,15 @@ def layer_norm(
     x: TensorArgument, weight: TensorArgument, bias: TensorArgument, eps: float, out: TensorArgument
 ) -> None: ...
 def silu_and_mul(gate: TensorArgument, up: TensorArgument, out: TensorArgument) -> None: ...
-def rotary_embedding(x: TensorArgument, cos: TensorArgument, sin: TensorArgument, out: TensorArgument) -> None: ...
+def rope_and_store_kv(
+    qkv: TensorArgument,
+    cos: TensorArgument,
+    sin: TensorArgument,
+    key_cache: TensorArgument,
+    value_cache: TensorArgument,
+    slot_mapping: list[int],
+    out: TensorArgument,
+) -> None: ...
 def linear(
     x: TensorArgument, weight: TensorArgument, bias: TensorArgument | None, out: TensorArgument
 ) -> None: ...

@@ -15,9 +15,10 @@ void layer_norm(const TensorArgument& x, const TensorArgument& weight, const Ten
 
 void silu_and_mul(const TensorArgument& gate, const TensorArgument& up, const TensorArgument& out);
 
-// x: any strides between tokens and heads.
-void rotary_embedding(const TensorArgument& x, const TensorArgument& cos, const TensorArgument& sin,
-                      const TensorArgument& out);
+// slots: slot_mapping.
+void rope_and_store_kv(const TensorArgument& qkv, const TensorArgument& cos, const TensorArgument& sin,
+                       const TensorArgument& key_cache, const TensorArgument& value_cache,
+                       const std::vector<std::int64_t>& slots, const TensorArgument& out);
 
 // Tokens that share a pass over the weight.
 constexpr std::int64_t kMaxGemvTokens = 4;

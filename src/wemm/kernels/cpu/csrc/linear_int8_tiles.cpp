@@ -228,5 +228,6 @@ void linear_int8_tiles(const T*, std::int64_t, const Int8Weight&, Finish<T>, T*)
 
 template void linear_int8_tiles(const float*, std::int64_t, const Int8Weight&, Finish<float>, float*);
 template void linear_int8_tiles(const bfloat16*, std::int64_t, const Int8Weight&, Finish<bfloat16>, bfloat16*);
+template void linear_int8_tiles(const float16*, std::int64_t, const Int8Weight&, Finish<float16>, float16*);
 
 }  // namespace wemm

@@ -16,7 +16,8 @@ NB_MODULE(_kernels, m) {
         nb::arg("out"), nb::call_guard<nb::gil_scoped_release>());
   m.def("silu_and_mul", &wemm::silu_and_mul, nb::arg("gate"), nb::arg("up"), nb::arg("out"),
         nb::call_guard<nb::gil_scoped_release>());
-  m.def("rotary_embedding", &wemm::rotary_embedding, nb::arg("x"), nb::arg("cos"), nb::arg("sin"), nb::arg("out"),
+  m.def("rope_and_store_kv", &wemm::rope_and_store_kv, nb::arg("qkv"), nb::arg("cos"), nb::arg("sin"),
+        nb::arg("key_cache"), nb::arg("value_cache"), nb::arg("slot_mapping"), nb::arg("out"),
         nb::call_guard<nb::gil_scoped_release>());
   m.def("linear", &wemm::linear, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("out"),
         nb::call_guard<nb::gil_scoped_release>());

@@ -26,6 +26,7 @@ void quantize_rows(const T* x, std::int64_t rows, std::int64_t width, std::int64
 
 template void quantize_rows(const float*, std::int64_t, std::int64_t, std::int64_t, std::int8_t*, float*);
 template void quantize_rows(const bfloat16*, std::int64_t, std::int64_t, std::int64_t, std::int8_t*, float*);
+template void quantize_rows(const float16*, std::int64_t, std::int64_t, std::int64_t, std::int8_t*, float*);
 
 }  // namespace wemm
 
