@@ -235,11 +235,21 @@ for dtype in (torch.float16, torch.bfloat16):
 """
 
 
+_OLDER = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+"""oneDNN held to AVX2: what older processors meet."""
+
+
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN, to be told what it has")
 def test_where_onednn_has_no_product_of_16_bit_there_is_one():
-    """oneDNN held to AVX2: what older processors meet."""
-    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
     result = subprocess.run(
-        [sys.executable, "-c", _CHOSEN], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", _CHOSEN], env=_OLDER, capture_output=True, text=True, check=True
     )
     assert result.stdout.split() == ["cpp", "cpp", "widened"] * 2
+
+
+def test_parity_where_onednn_has_no_product_of_16_bit():
+    chosen = ["-k", "linear or plora", "-p", "no:cacheprovider", "tests/ops/test_parity.py"]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *chosen], env=_OLDER, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout

@@ -164,10 +164,13 @@ def _make_runner(
         return _runner(config, source, platform, dtype, model, num_blocks)
 
     size = config.tensor_parallel_size
-    if size == 1:
-        return load(SINGLE)
-    followers = Followers(config) if rank is None else None
+    # Whoever uses torchrun places its processes.
+    shares = platform.cpu_shares(size) if rank is None else [None] * size
+    followers = Followers(config, shares[1:]) if size > 1 and rank is None else None
     try:
+        platform.occupy(shares[0])
+        if size == 1:
+            return load(SINGLE)
         group = Group(platform.collective_backend, 0, size, followers.store if followers else None)
         group.send("build", num_blocks, dtype)
         return LeaderRunner(load(group.tensor_parallel), group, followers)
@@ -175,6 +178,7 @@ def _make_runner(
         if followers is not None:
             followers.stop()
         leave_group()
+        platform.release()
         raise
 
 

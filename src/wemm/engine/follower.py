@@ -12,6 +12,7 @@ from wemm.config import EngineConfig
 from wemm.engine.build import build_rank
 from wemm.engine.worker import follow, join
 from wemm.platforms import resolve_platform
+from wemm.platforms.topology import CpuShare
 
 
 def _end_with_the_leader() -> None:
@@ -21,10 +22,11 @@ def _end_with_the_leader() -> None:
 
 def _main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the leader's to handle
-    rank, port, options = json.loads(sys.stdin.readline())
+    rank, port, options, share = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_the_leader, daemon=True).start()
     config = EngineConfig(**options)
     platform = resolve_platform(config.device, rank)
+    platform.occupy(share and CpuShare(*share))
     group = join(port, rank, config, platform.collective_backend)
     follow(build_rank(config, platform, group), group)
 

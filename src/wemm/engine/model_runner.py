@@ -128,7 +128,8 @@ class ModelRunner:
             self._visual_embeds.pop(sha256, None)
 
     def close(self) -> None:
-        """Nothing is shared."""
+        """Give the CPUs back."""
+        self._platform.release()
 
     def _batch(self, m: ModelInput) -> Batch:
         visual = [self._visual_embeds[s.sha256][s.start : s.stop] for s in m.visual_slices]

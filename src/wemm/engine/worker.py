@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
 from datetime import timedelta
 from typing import Any
 
@@ -33,6 +33,7 @@ from wemm.engine.model_runner import ModelRunner
 from wemm.engine.scheduler import VisionSlice
 from wemm.errors import NumericalError, ParameterError, RankError
 from wemm.model.wemm import WemmModel
+from wemm.platforms.topology import CpuShare
 
 _HOST = "127.0.0.1"
 _STOP = "stop"
@@ -82,8 +83,8 @@ class Group:
 class Followers:
     """The processes that the leader started, and the first that failed."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        """Start them. They wait in `store`. Raises RankError."""
+    def __init__(self, config: EngineConfig, shares: Sequence[CpuShare | None]) -> None:
+        """Start them, each on its share of the CPUs. They wait in `store`. Raises RankError."""
         self.failure: str | None = None
         self._stopping = False
         size = config.tensor_parallel_size
@@ -93,16 +94,18 @@ class Followers:
             subprocess.Popen(
                 [sys.executable, "-m", "wemm.engine.follower"],
                 stdin=subprocess.PIPE,
-                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                env={**os.environ, "OMP_NUM_THREADS": str(share.threads if share else threads)},
                 text=True,
             )
-            for _ in range(1, size)
+            for share in shares
         ]
-        for rank, process in enumerate(self._processes, 1):
+        for rank, (process, share) in enumerate(zip(self._processes, shares, strict=True), 1):
             threading.Thread(target=self._watch, args=(rank, process), daemon=True).start()
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError):  # it died at once; the watch says so
-                process.stdin.write(json.dumps([rank, self.store.port, asdict(config)]) + "\n")
+                process.stdin.write(
+                    json.dumps([rank, self.store.port, asdict(config), share and astuple(share)]) + "\n"
+                )
                 process.stdin.flush()
         self._wait_until_all_joined(size)
 
@@ -188,6 +191,7 @@ class LeaderRunner:
         if self._followers is not None:
             self._followers.stop()
         leave_group()
+        self._runner.close()
 
     def _together(self, name: str, call: Callable[[], Any], *arguments: Any) -> Any:
         if self._failure is None and self._followers is not None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+
+from wemm.platforms.topology import CpuShare
 
 
 class Platform:
@@ -27,6 +31,16 @@ class Platform:
     def max_num_batched_patches(self) -> int:
         """Vision work of one step that running decodes can wait for."""
         return 4096
+
+    def cpu_shares(self, num_ranks: int) -> Sequence[CpuShare | None]:
+        """Where the threads of each tensor-parallel rank run; None: where the system puts them."""
+        return [None] * num_ranks
+
+    def occupy(self, share: CpuShare | None) -> None:
+        """Compute there from now on."""
+
+    def release(self) -> None:
+        """Give the process back what `occupy` took."""
 
     def synchronize(self) -> None:
         """Wait until everything queued is done, so that clocks tell the truth."""

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from wemm.platforms.base import Platform
+from wemm.platforms.topology import CpuShare, is_chosen, read_topology, share_out
+
+logger = logging.getLogger(__name__)
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -14,6 +22,11 @@ class CpuPlatform(Platform):
     """Main memory, bounded by the container if there is one."""
 
     ranks_share_memory = True
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._before: tuple[set[int], int] | None = None
+        self._occupied: set[int] = set()
 
     def available_memory(self) -> int | None:
         """Bytes that can be allocated without swapping."""
@@ -29,6 +42,37 @@ class CpuPlatform(Platform):
     def max_num_batched_patches(self) -> int:
         """A CPU is some ten times slower than what the base assumes."""
         return 512
+
+    def cpu_shares(self, num_ranks: int) -> Sequence[CpuShare | None]:
+        """By cores and NUMA nodes, unless the user has chosen."""
+        if is_chosen(os.environ) or not hasattr(os, "sched_getaffinity"):
+            return [None] * num_ranks
+        topology = read_topology(Path("/"), os.sched_getaffinity(0))
+        return (topology and share_out(topology, num_ranks)) or [None] * num_ranks
+
+    def occupy(self, share: CpuShare | None) -> None:
+        """This thread and those it starts, OpenMP's among them. Never more threads than torch has."""
+        if share is None:
+            return
+        before = os.sched_getaffinity(0), torch.get_num_threads()
+        try:
+            os.sched_setaffinity(0, share.cpus)
+        except OSError:  # forbidden here
+            return
+        self._before, self._occupied = before, set(share.cpus)
+        torch.set_num_threads(min(share.threads, before[1]))
+        logger.info("%d threads on CPUs %s", torch.get_num_threads(), ",".join(map(str, share.cpus)))
+
+    def release(self) -> None:
+        """To every thread that was started meanwhile, too."""
+        if self._before is None:
+            return
+        (cpus, threads), self._before = self._before, None
+        for task in Path("/proc/self/task").iterdir():
+            with contextlib.suppress(OSError):  # it has just ended
+                if os.sched_getaffinity(int(task.name)) == self._occupied:
+                    os.sched_setaffinity(int(task.name), cpus)
+        torch.set_num_threads(threads)
 
 
 def _meminfo() -> int | None:

@@ -1,8 +1,9 @@
-"""Rows of an image lie one behind the other: they are read where they are, and the update is added to them there."""
+"""Rows of an image lie one behind the other: they are read where they are, and the update is added there."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 
@@ -56,6 +57,6 @@ def _bounds(image_rows: torch.Tensor) -> list[int]:
 
 
 def _slices(image_rows: torch.Tensor, bounds: list[int]) -> Iterator[slice]:
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in pairwise(bounds):
         first = int(image_rows[begin])
         yield slice(first, first + end - begin)

@@ -30,7 +30,9 @@ template <typename T>
 void multiply(const Tensor& x, const Tensor& weight, const T* bias, const Tensor& out) {
   const std::int64_t tokens = x.shape[0], width = x.shape[1], outputs = weight.shape[0];
   std::vector<float> wide(tokens * width);
-  for (std::int64_t i = 0; i < tokens * width; ++i) wide[i] = to_float(x.data<T>()[i]);
+  const auto widen = WEMM_BEST(widen_row<T>);
+#pragma omp parallel for schedule(static) if (tokens > kMaxGemvTokens)
+  for (std::int64_t m = 0; m < tokens; ++m) widen(x.data<T>() + m * width, width, wide.data() + m * width);
   const std::int64_t whole = tokens / kMaxGemvTokens * kMaxGemvTokens;
   const auto together = rows_of<T>(kMaxGemvTokens), others = rows_of<T>(tokens - whole);
   const std::int64_t cached = std::clamp<std::int64_t>(kCached / std::max<std::int64_t>(width, 1), 4, kRowsPerJob);
@@ -75,10 +77,15 @@ void linear(const TensorArgument& x_argument, const TensorArgument& weight_argum
 
 #else
 
+template <typename T>
+void widen_row(const T* x, std::int64_t width, float* out) {
+  for (std::int64_t i = 0; i < width; i += kLanes) store(load(x + i, width - i), out + i, width - i);
+}
+
 // Rows first, first + apart, … of the weight, R of them, times M tokens. x: float32 [M, width].
 template <int R, int M, typename T>
-WEMM_INLINE void some_rows(const T* weight, const T* bias, const float* x, std::int64_t width,
-                           std::int64_t first, std::int64_t apart, std::int64_t outputs, T* out) {
+WEMM_INLINE void some_rows(const T* weight, const T* bias, const float* x, std::int64_t width, std::int64_t first,
+                           std::int64_t apart, std::int64_t outputs, T* out) {
   constexpr std::int64_t kAhead = 1024;  // elements: 2 KiB before they are needed
   const T* rows = weight + first * width;
   const std::int64_t stride = apart * width;
