@@ -130,7 +130,7 @@ KV_SCALE_BYTES = 4
 def quantize_kv(x: torch.Tensor) -> torch.Tensor:
     """Keys or values [..., head_dim] → int8 [..., head_dim + 4], a scale per token and head."""
     integers, scale = quantize_rows(x)
-    return torch.cat((integers.to(torch.int8), scale.view(torch.int8)), -1)
+    return torch.cat((integers.to(torch.int8), scale.clone(memory_format=torch.contiguous_format).view(torch.int8)), -1)
 
 
 def dequantize_kv(rows: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ load_kernels("cpu")
 BUILT = importlib.util.find_spec("wemm.kernels.cpu._kernels") is not None
 pytestmark = pytest.mark.skipif(not BUILT, reason="the C++ extension is not built here")
 CPP = [name for name, op in OPS.items() if any(i.name == "cpp" for i in op.implementations)]
-DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 SEEDS = st.integers(0, 2**31)
 FUZZ = settings(max_examples=40, deadline=None, derandomize=True)
 

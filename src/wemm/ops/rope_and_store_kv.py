@@ -92,13 +92,13 @@ def rope_and_store_kv(
     slot_mapping: int64 [num_tokens], block * block_size + offset, distinct → [num_tokens, num_heads, head_dim].
     """
     query, key, value = qkv.split((qkv.shape[2] - 2, 1, 1), dim=2)
-    key, value = _rotated(key, cos, sin).squeeze(2), value.squeeze(2)
-    for new, cache in ((key, key_cache), (value, value_cache)):
-        cache.flatten(0, 1)[slot_mapping] = quantize_kv(new) if cache.dtype is torch.int8 else new
-    return _rotated(query, cos, sin).flatten(1, 2), key_cache, value_cache
+    for new, cache in ((_rotated(key, cos, sin), key_cache), (value, value_cache)):
+        stored = quantize_kv(new) if cache.dtype is torch.int8 else new.to(cache.dtype)
+        cache.flatten(0, 1)[slot_mapping] = stored.squeeze(2)
+    return _rotated(query, cos, sin).flatten(1, 2).to(qkv.dtype), key_cache, value_cache
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     first, second = x.to(torch.float32).chunk(2, dim=-1)
     cos, sin = cos[:, None, None], sin[:, None, None]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

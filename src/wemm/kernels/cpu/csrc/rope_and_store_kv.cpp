@@ -3,6 +3,7 @@
 
 #ifndef WEMM_COMPILING_FOR_ISA
 
+#include <type_traits>
 #include <vector>
 
 #define WEMM_THIS_FILE "rope_and_store_kv.cpp"
@@ -13,14 +14,9 @@
 namespace wemm {
 namespace {
 
-template <typename T>
-void store(const T* row, std::int64_t head_dim, T* cache) {
-  std::memcpy(cache, row, sizeof(T) * head_dim);
-}
-
 // quantization.py: quantize_kv.
 template <typename T>
-void store(const T* row, std::int64_t head_dim, std::int8_t* cache) {
+void store_int8(const T* row, std::int64_t head_dim, std::int8_t* cache) {
   float scale;
   quantize_rows(row, 1, head_dim, head_dim, cache, &scale);
   std::memcpy(cache + head_dim, &scale, sizeof scale);
@@ -32,10 +28,11 @@ void run(const Tensor& qkv, const float* cos, const float* sin, const std::vecto
          Cache* values, std::int64_t width, T* out) {
   const std::int64_t tokens = qkv.shape[0], heads = qkv.shape[1], group = qkv.shape[2] - 2, head_dim = qkv.shape[3];
   const std::int64_t half = head_dim / 2;
-  const auto rotate = WEMM_BEST(rotate_head<T>);
+  const auto rotate = WEMM_BEST(rotate_head<T, T>);
+  const auto widen = WEMM_BEST(rotate_head<T, float>);
 #pragma omp parallel if (tokens > 1)
   {
-    std::vector<T> key(head_dim);
+    std::vector<float> wide(head_dim);
 #pragma omp for schedule(static)
     for (std::int64_t t = 0; t < tokens; ++t) {
       const float *c = cos + t * half, *s = sin + t * half;
@@ -44,10 +41,16 @@ void run(const Tensor& qkv, const float* cos, const float* sin, const std::vecto
         for (std::int64_t g = 0; g < group; ++g) {
           rotate(packed + g * head_dim, c, s, half, out + ((t * heads + h) * group + g) * head_dim);
         }
-        rotate(packed + group * head_dim, c, s, half, key.data());
+        const T *key = packed + group * head_dim, *value = key + head_dim;
         const std::int64_t at = (slots[t] * heads + h) * width;
-        store(key.data(), head_dim, keys + at);
-        store(packed + (group + 1) * head_dim, head_dim, values + at);
+        if constexpr (std::is_same_v<Cache, std::int8_t>) {
+          widen(key, c, s, half, wide.data());
+          store_int8(wide.data(), head_dim, keys + at);
+          store_int8(value, head_dim, values + at);
+        } else {
+          rotate(key, c, s, half, keys + at);
+          std::memcpy(values + at, value, sizeof(T) * head_dim);
+        }
       }
     }
   }
@@ -94,8 +97,8 @@ void rope_and_store_kv(const TensorArgument& qkv_argument, const TensorArgument&
 
 #else
 
-template <typename T>
-void rotate_head(const T* x, const float* cos, const float* sin, std::int64_t half, T* out) {
+template <typename T, typename Out>
+void rotate_head(const T* x, const float* cos, const float* sin, std::int64_t half, Out* out) {
   for (std::int64_t i = 0; i < half; i += kLanes) {
     const std::int64_t count = half - i;
     const Floats first = load(x + i, count), second = load(x + half + i, count);
