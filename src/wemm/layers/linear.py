@@ -96,7 +96,8 @@ class ColumnParallelLinearGelu(ColumnParallelLinear):
         assert self.bias is not None
         if self.scheme is None:
             return linear_gelu(x, self.weight, self.bias)
-        assert self.weight_scale is not None and self.scheme.name == "int8"
+        assert self.weight_scale is not None
+        assert self.scheme.name == "int8", "the vision tower is int8 or not quantised"
         return linear_int8_gelu(x, self.weight, self.weight_scale, self.bias)
 
 

@@ -12,9 +12,7 @@ MAX_GEMV_TOKENS = 8
 """csrc/linear_int8.h: kMaxInt8GemvTokens."""
 
 
-def takes(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
-) -> bool:
+def takes(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
     """Also those of linear_int8_gelu."""
     tensors = [x, weight, scale] if bias is None else [x, weight, scale, bias]
     fits = x.dim() == 2 and (x.shape[0] <= MAX_GEMV_TOKENS or _kernels.has_avx512_vnni())
