@@ -81,6 +81,27 @@ def test_a_probe_reads_and_copies_what_it_says(small_probes, monkeypatch):
     ceilings = Ceilings(CPU, torch.bfloat16)
     ceilings.measure()
     assert (ceilings.read, ceilings.copy_probes, ceilings.gemm) == (2**22, [2**22], 2 * 64**3)
+    assert set(ceilings.int8_gemm_probes) <= {2 * 64**3}
+
+
+def test_products_of_int8_have_a_ceiling_of_their_own_where_torch_has_them():
+    ceilings = Ceilings(CPU, torch.bfloat16, [1e9], [1e9], [4e12])
+    assert ceilings.gemm_of(torch.int8) == ceilings.gemm_of(None) == 4e12
+    assert "int8_gemm_gflop_per_s" not in ceilings.figures()
+    ceilings.int8_gemm_probes += [5e12, 6e12]
+    assert (ceilings.gemm_of(torch.int8), ceilings.gemm_of(None)) == (6e12, 4e12)
+    assert describe(ceilings.figures()).endswith("in int8 6,000.0 GOP/s (median 5,500.0, least 5,000.0)")
+
+
+def test_a_product_that_torch_does_not_have_is_no_probe(small_probes, monkeypatch):
+    def absent(*arguments):
+        raise RuntimeError("not compiled for this device")
+
+    monkeypatch.setattr(torch, "_int_mm", absent)
+    monkeypatch.setattr(torch.ops.onednn, "qlinear_pointwise", absent)
+    ceilings = Ceilings(CPU, torch.float32)
+    ceilings.measure()
+    assert ceilings.int8_gemm_probes == []
 
 
 def test_a_small_machine_gets_a_small_probe(small_probes, monkeypatch):

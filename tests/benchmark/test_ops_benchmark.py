@@ -120,6 +120,21 @@ def test_without_plora_its_op_has_no_sizes():
     assert OPS["add_plora"].model_cases(_Sizes(torch.bfloat16), bare) == {}
 
 
+def test_ops_that_multiply_int8_are_held_against_its_ceiling():
+    assert {name for name, op in OPS.items() if op.arithmetic} == {
+        "linear_int4",
+        "linear_int8",
+        "linear_int8_gelu",
+    }
+    ceilings = Ceilings(CPU, torch.float32, [1e10], [1e10], [1e12], [4e12])
+    plain, int8 = (
+        Measurement("op", "case", "definition", Timing((1.0,)), 10**12, 10**9, arithmetic).figures(ceilings)
+        for arithmetic in (None, torch.int8)
+    )
+    assert (plain["bound"], plain["share_of_ceiling"]) == ("compute", 1.0)
+    assert (int8["bound"], int8["share_of_ceiling"]) == ("compute", 0.25)
+
+
 @pytest.mark.parametrize(
     ("flops", "moved", "bound"), [(10**9, 10**9, "memory"), (10**12, 10**9, "compute"), (0, 10**9, "memory")]
 )

@@ -53,7 +53,7 @@ THROUGHPUT = {
 OPS = {
     "benchmark": "ops", "environment": ENVIRONMENT, "settings": {"device": "cpu"}, "dtype": "bfloat16",
     "ceilings": {name: {"median": 18.5 * i, "min": 17.25 * i, "max": 19.75 * i} for i, name in
-                 enumerate(("read_gb_per_s", "copy_gb_per_s", "gemm_gflop_per_s"), 1)},
+                 enumerate(("read_gb_per_s", "copy_gb_per_s", "gemm_gflop_per_s", "int8_gemm_gflop_per_s"), 1)},
     "ops": [
         {"op": op, "case": f"case {i}", "implementation": "definition", "microseconds": 12345.6 / (i + 1),
          "gb_per_s": 7.5 + i, "gflop_per_s": 2.0 * i, "intensity": 0.75 * i, "bound": "memory",
@@ -278,15 +278,24 @@ def test_a_line_stays_in_its_frame_and_larger_is_higher():
 
 def test_a_dot_at_the_ceiling_lies_on_the_roof():
     memory, ridge, compute = (0.5, 10.0), (32.0, 640.0), (90.0, 640.0)
-    chart = svg.roofline([memory, None, ridge, compute], 20.0, 640.0)
-    (x0, y0), (x1, y1), (x2, y2) = chart.roof
+    chart = svg.roofline([memory, None, ridge, compute], 20.0, [640.0])
+    [[(x0, y0), (x1, y1), (x2, y2)]] = chart.roofs
     first, second, third = chart.dots
     assert [dot.index for dot in chart.dots] == [0, 2, 3]
     assert (second.x, second.y) == pytest.approx((x1, y1))
     assert (first.y - y1) / (first.x - x1) == pytest.approx((y0 - y1) / (x0 - x1))
     assert third.y == pytest.approx(y2)
     assert x1 < third.x < x2
-    assert svg.roofline([None], 1.0, 1.0) is None
+    assert svg.roofline([None], 1.0, [1.0]) is None
+
+
+def test_the_roof_of_int8_is_higher_and_shares_the_slope_of_memory():
+    plain, int8 = svg.roofline([(1.0, 1.0)], 20.0, [640.0, 1280.0]).roofs
+    assert plain[0] == int8[0]
+    assert (plain[1][1] - plain[0][1]) / (plain[1][0] - plain[0][0]) == pytest.approx(
+        (int8[1][1] - int8[0][1]) / (int8[1][0] - int8[0][0])
+    )
+    assert int8[2][1] < plain[2][1]
 
 
 # What a browser says of the laid out page: elements that leave it, and what is visible in which language.

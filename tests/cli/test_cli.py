@@ -420,7 +420,7 @@ def test_bench_ops(run, small_probes):
     status, out, _ = run("bench", "ops", *options, "--seconds", "0.01")
     assert status == 0
     report = json.loads(out.splitlines()[-1])
-    assert set(report["ceilings"]) == {"read_gb_per_s", "copy_gb_per_s", "gemm_gflop_per_s"}
+    assert set(report["ceilings"]) >= {"read_gb_per_s", "copy_gb_per_s", "gemm_gflop_per_s"}
     assert {r["op"] for r in report["ops"]} == {"rms_norm"}
     assert all(r["microseconds"] > 0 for r in report["ops"])
     assert {r["bound"] for r in report["ops"]} <= {"memory", "compute"}

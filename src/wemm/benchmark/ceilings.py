@@ -65,7 +65,7 @@ def _round(function: Callable[[], Any], platform: Platform, calls: int) -> float
 
 @dataclass
 class Ceilings:
-    """Read and copy bandwidth (bytes/s) and matrix product (FLOP/s) of a device in one dtype.
+    """Read and copy bandwidth (bytes/s) and matrix product (FLOP/s) of a device in one dtype, and in int8.
 
     `measure` adds one probe of each. The ceiling is the best of all probes: hardware exceeds what it can do
     at no time, and what a busy neighbour takes away shows in the spread.
@@ -76,12 +76,19 @@ class Ceilings:
     read_probes: list[float] = field(default_factory=list)
     copy_probes: list[float] = field(default_factory=list)
     gemm_probes: list[float] = field(default_factory=list)
+    int8_gemm_probes: list[float] = field(default_factory=list)
+    """Empty where torch has no such product."""
 
     @torch.inference_mode()
     def measure(self) -> None:
         """One probe of each; takes a second or two and at most 1 GiB, given back after."""
         self._measure_bandwidth()
         self.gemm_probes.append(max(self._gemm(size) for size in self._gemm_sizes()))
+        products = [
+            product for size in self._gemm_sizes() for product in _int8_products(size, self.platform.device)
+        ]
+        if products:
+            self.int8_gemm_probes.append(max(flops / self._seconds(product) for flops, product in products))
 
     def _measure_bandwidth(self) -> None:
         available = self.platform.available_memory() or 4 * _PROBE_BYTES
@@ -104,13 +111,20 @@ class Ceilings:
         """FLOP per second."""
         return max(self.gemm_probes)
 
+    def gemm_of(self, arithmetic: torch.dtype | None) -> float:
+        """FLOP per second of products of such numbers; None: of the dtype."""
+        int8 = self.int8_gemm_probes if arithmetic is torch.int8 else []
+        return max(int8, default=self.gemm)
+
     def figures(self) -> dict[str, dict[str, float]]:
         """Median, min and max of the probes, in GB/s and GFLOP/s."""
-        return {
-            "read_gb_per_s": _spread(self.read_probes),
-            "copy_gb_per_s": _spread(self.copy_probes),
-            "gemm_gflop_per_s": _spread(self.gemm_probes),
+        probes = {
+            "read_gb_per_s": self.read_probes,
+            "copy_gb_per_s": self.copy_probes,
+            "gemm_gflop_per_s": self.gemm_probes,
+            "int8_gemm_gflop_per_s": self.int8_gemm_probes,
         }
+        return {name: _spread(values) for name, values in probes.items() if values}
 
     def _gemm_sizes(self) -> tuple[int, ...]:
         return _GEMM_SIZES.get(self.platform.device.type, _LARGE_GEMM_SIZES)
@@ -121,6 +135,26 @@ class Ceilings:
 
     def _seconds(self, function: Callable[[], Any]) -> float:
         return time_calls(function, self.platform, _PROBE_SECONDS / 2).best
+
+
+def _int8_products(size: int, device: torch.device) -> list[tuple[int, Callable[[], Any]]]:
+    """(operations, call) of each product of int8 [size, size] that torch has here."""
+    a, b = (torch.randint(-127, 128, (size, size), dtype=torch.int8, device=device) for _ in range(2))
+    calls: list[Callable[[], Any]] = [lambda: torch._int_mm(a, b.t())]
+    if device.type == "cpu" and hasattr(torch.ops.onednn, "qlinear_pointwise"):
+        packed = torch.ops.onednn.qlinear_prepack(b, [size, size])
+        ones, zeros = torch.ones(size), torch.zeros(size, dtype=torch.int64)
+        product = torch.ops.onednn.qlinear_pointwise
+        calls.append(lambda: product(a, 1.0, 0, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""))
+    return [(2 * size**3, call) for call in calls if _runs(call)]
+
+
+def _runs(call: Callable[[], Any]) -> bool:
+    try:
+        call()
+    except (AttributeError, RuntimeError):  # not built for this device, or not by this version of torch
+        return False
+    return True
 
 
 def _spread(probes: list[float]) -> dict[str, float]:
@@ -137,6 +171,7 @@ def describe(figures: dict[str, dict[str, float]]) -> str:
         "read_gb_per_s": ("read", "GB/s"),
         "copy_gb_per_s": ("copy", "GB/s"),
         "gemm_gflop_per_s": ("matrix product", "GFLOP/s"),
+        "int8_gemm_gflop_per_s": ("in int8", "GOP/s"),
     }
     parts = [
         f"{words[name][0]} {spread['max']:,.1f} {words[name][1]} (median {spread['median']:,.1f}, "

@@ -76,18 +76,27 @@ def _label_bar(axes: Any, row: int, start: float, length: float, end: float) -> 
 
 
 def roofline(
-    path: Path, title: str, read: float, gemm: float, points: Sequence[tuple[str, str, float, float]]
+    path: Path,
+    title: str,
+    read: float,
+    products: Mapping[str, float],
+    points: Sequence[tuple[str, str, float, float]],
 ) -> None:
-    """(op, label, FLOP/byte, GFLOP/s) below the ceilings `read` GB/s and `gemm` GFLOP/s, both axes logarithmic."""
-    ridge = gemm / read
+    """(op, label, FLOP/byte, GFLOP/s) below the ceilings `read` GB/s and `products`, GFLOP/s of each kind.
+
+    Both axes are logarithmic.
+    """
+    highest = max(products.values())
+    ridge = highest / read
     left = min([ridge, *(x for _, _, x, _ in points)]) / 6
     right = max([ridge, *(x for _, _, x, _ in points)]) * 3
     with saved_axes(path, 13, 8) as axes:
         axes.set(xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="GFLOP/s", title=title)
-        axes.plot([left, ridge], [left * read, gemm], color="black", label=f"read {read:,.1f} GB/s")
-        axes.plot(
-            [ridge, right], [gemm, gemm], color="black", ls="--", label=f"matrix product {gemm:,.0f} GFLOP/s"
-        )
+        axes.plot([left, ridge], [left * read, highest], color="black", label=f"read {read:,.1f} GB/s")
+        for (name, gemm), dashes in zip(products.items(), ("--", ":"), strict=False):
+            axes.plot(
+                [gemm / read, right], [gemm, gemm], color="black", ls=dashes, label=f"{name} {gemm:,.0f} GFLOP/s"
+            )
         styles = dict(
             zip(
                 dict.fromkeys(op for op, _, _, _ in points),

@@ -216,10 +216,11 @@ def _at(data: Any, path: str) -> Any:
 def _roofline(result: Any) -> svg.Roofline | None:
     """Of an ops result whose ceilings are known."""
     ops = _at(result, "ops")
-    read, gemm = (_float(_at(result, f"ceilings.{name}.max")) for name in ("read_gb_per_s", "gemm_gflop_per_s"))
+    names = ("read_gb_per_s", "gemm_gflop_per_s", "int8_gemm_gflop_per_s")
+    read, gemm, int8 = (_float(_at(result, f"ceilings.{name}.max")) for name in names)
     if not isinstance(ops, list) or not read or not gemm:
         return None
-    return svg.roofline([_point(op) for op in ops], read, gemm)
+    return svg.roofline([_point(op) for op in ops], read, [gemm, int8] if int8 else [gemm])
 
 
 def _point(op: Any) -> tuple[float, float] | None:

@@ -77,12 +77,15 @@ class Measurement:
     timing: Timing
     flops: int
     moved_bytes: int
+    arithmetic: torch.dtype | None = None
+    """As the op declares it."""
 
     def figures(self, ceilings: Ceilings) -> dict[str, Any]:
         """Against the ceiling that the roofline of this run says binds."""
         seconds, intensity = self.timing.median, self.flops / self.moved_bytes
-        is_memory_bound = intensity * ceilings.read < ceilings.gemm
-        share = self.moved_bytes / ceilings.read if is_memory_bound else self.flops / ceilings.gemm
+        gemm = ceilings.gemm_of(self.arithmetic)
+        is_memory_bound = intensity * ceilings.read < gemm
+        share = self.moved_bytes / ceilings.read if is_memory_bound else self.flops / gemm
         return {
             "op": self.op,
             "case": self.case,
@@ -203,7 +206,7 @@ def _measure(
             timing = time_calls(lambda: op(*next(arguments)), platform, settings.seconds)
     except torch.OutOfMemoryError as error:
         raise _DoesNotFitError(str(error).splitlines()[0]) from None
-    return [Measurement(op.name, job.case, job.implementation, timing, flops, moved_bytes)]
+    return [Measurement(op.name, job.case, job.implementation, timing, flops, moved_bytes, op.arithmetic)]
 
 
 def _num_copies(num_bytes: int, platform: Platform) -> int:
@@ -273,4 +276,7 @@ def _chart(path: Path, title: str, ceilings: Ceilings, rows: list[dict[str, Any]
         for row in rows
         if row["gflop_per_s"]  # copies compute nothing: they have no place here
     ]
-    roofline(path, f"Roofline: {title}", ceilings.read / 1e9, ceilings.gemm / 1e9, points)
+    products = {"matrix product": ceilings.gemm / 1e9}
+    if ceilings.int8_gemm_probes:
+        products["matrix product of int8"] = max(ceilings.int8_gemm_probes) / 1e9
+    roofline(path, f"Roofline: {title}", ceilings.read / 1e9, products, points)

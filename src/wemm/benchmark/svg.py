@@ -43,13 +43,13 @@ class LineChart:
 
 @dataclass(frozen=True)
 class Roofline:
-    """FLOP per byte → GFLOP/s, both logarithmic, under the two ceilings."""
+    """FLOP per byte → GFLOP/s, both logarithmic, under the ceilings of memory and of products."""
 
     size: tuple[int, int]
     x_ticks: list[Tick]
     y_ticks: list[Tick]
-    roof: list[tuple[float, float]]
-    """Corners of the ceilings: memory, ridge, compute."""
+    roofs: list[list[tuple[float, float]]]
+    """For each kind of product its corners: memory, ridge, compute."""
     dots: list[Point]
 
 
@@ -70,14 +70,15 @@ def line_chart(columns: Sequence[str], series: Mapping[str, Sequence[float | Non
     return LineChart(LINES, [Tick(*pair) for pair in zip(places, columns, strict=True)], y_ticks, lines)
 
 
-def roofline(points: Sequence[tuple[float, float] | None], gb_per_s: float, gflop_per_s: float) -> Roofline | None:
+def roofline(
+    points: Sequence[tuple[float, float] | None], gb_per_s: float, gflop_per_s: Sequence[float]
+) -> Roofline | None:
     """Points are (FLOP per byte, GFLOP/s); what has no arithmetic is None. None without any point."""
     drawn = [point for point in points if point is not None]
-    if not drawn or gb_per_s <= 0 or gflop_per_s <= 0:
+    if not drawn or gb_per_s <= 0 or min(gflop_per_s) <= 0:
         return None
-    ridge = gflop_per_s / gb_per_s
-    x_low, x_high = _decades([ridge, *(x for x, _ in drawn)])
-    y_low, y_high = _decades([gflop_per_s, *(y for _, y in drawn)])
+    x_low, x_high = _decades([*(gemm / gb_per_s for gemm in gflop_per_s), *(x for x, _ in drawn)])
+    y_low, y_high = _decades([*gflop_per_s, *(y for _, y in drawn)])
 
     width, height = ROOFLINE
 
@@ -88,12 +89,12 @@ def roofline(points: Sequence[tuple[float, float] | None], gb_per_s: float, gflo
         return _y((math.log10(value) - y_low) / (y_high - y_low), height)
 
     foot = max(10.0**x_low, 10.0**y_low / gb_per_s)
-    roof = [(foot, foot * gb_per_s), (ridge, gflop_per_s), (10.0**x_high, gflop_per_s)]
+    roofs = [[(foot, foot * gb_per_s), (gemm / gb_per_s, gemm), (10.0**x_high, gemm)] for gemm in gflop_per_s]
     return Roofline(
         size=ROOFLINE,
         x_ticks=[Tick(x(10.0**i), _power(i)) for i in range(x_low, x_high + 1)],
         y_ticks=[Tick(y(10.0**i), _power(i)) for i in range(y_low, y_high + 1)],
-        roof=[(x(a), y(b)) for a, b in roof],
+        roofs=[[(x(a), y(b)) for a, b in roof] for roof in roofs],
         dots=[Point(x(p[0]), y(p[1]), i) for i, p in enumerate(points) if p is not None],
     )
 

@@ -48,7 +48,7 @@ def ops(
 ) -> None:
     """Every op and kernel at the sizes of a model: time, and its share of what bandwidth or arithmetic allow.
 
-    The ceilings (read and copy bandwidth, matrix product) are measured beside the ops.
+    The ceilings (read and copy bandwidth, matrix product, that of int8) are measured beside the ops.
 
     Example: wemm bench ops --only rms_norm --shapes nano
     """

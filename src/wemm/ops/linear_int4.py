@@ -38,7 +38,7 @@ def _flops(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: tor
     return 2 * x.numel() * weight.shape[0]
 
 
-@op(_cases, model_cases=partial(quantized_model_cases, "int4"), flops=_flops)
+@op(_cases, model_cases=partial(quantized_model_cases, "int4"), flops=_flops, arithmetic=torch.int8)
 def linear_int4(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:

@@ -58,7 +58,7 @@ def _flops(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: tor
     return 2 * x.shape[0] * weight.numel()
 
 
-@op(_cases, model_cases=partial(quantized_model_cases, "int8"), flops=_flops)
+@op(_cases, model_cases=partial(quantized_model_cases, "int8"), flops=_flops, arithmetic=torch.int8)
 def linear_int8(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:

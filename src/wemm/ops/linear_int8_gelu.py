@@ -37,7 +37,7 @@ def _flops(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: tor
 
 
 # As linear_gelu: the product is rounded before the activation.
-@op(_cases, looser(2), model_cases=_model_cases, flops=_flops)
+@op(_cases, looser(2), model_cases=_model_cases, flops=_flops, arithmetic=torch.int8)
 def linear_int8_gelu(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:

@@ -134,12 +134,14 @@ class Op(Generic[P, R]):
         model_cases: ModelCases = lambda inputs, shapes: {},
         flops: Callable[P, int] | None = None,
         moved_bytes: Callable[P, int] | None = None,
+        arithmetic: torch.dtype | None = None,
     ) -> None:
         self.name = definition.__name__
         self.definition = definition
         self.cases = cases
         self.model_cases = model_cases
         self.tolerances = {**TOLERANCES, **tolerances}
+        self.arithmetic = arithmetic
         self._flops = flops
         self._moved_bytes = moved_bytes
         self.implementations: list[Implementation[P, R]] = []
@@ -214,17 +216,19 @@ def op(
     model_cases: ModelCases = lambda inputs, shapes: {},
     flops: Callable[..., int] | None = None,
     moved_bytes: Callable[..., int] | None = None,
+    arithmetic: torch.dtype | None = None,
 ) -> Callable[[Callable[P, R]], Op[P, R]]:
     """Declare the decorated plain-torch function as an op.
 
     `cases` makes arguments for the parity test; an op that writes into its arguments returns them.
     `tolerances` override the table where the op's arithmetic asks for it. For the benchmark, `model_cases`
     makes arguments of a model's sizes, `flops` counts a call's additions and multiplications (default: none
-    worth counting), and `moved_bytes` its traffic where that is not every tensor read and the result written.
+    worth counting), `moved_bytes` its traffic where that is not every tensor read and the result written, and
+    `arithmetic` says what it multiplies where that is not the dtype of the activations.
     """
 
     def declare(definition: Callable[P, R]) -> Op[P, R]:
-        declared = Op(definition, cases, tolerances or {}, model_cases, flops, moved_bytes)
+        declared = Op(definition, cases, tolerances or {}, model_cases, flops, moved_bytes, arithmetic)
         OPS[declared.name] = declared
         return declared
 

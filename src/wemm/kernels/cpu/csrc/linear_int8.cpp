@@ -182,11 +182,8 @@ void dot_rows(const std::int8_t* weight, std::int64_t width, std::int64_t first,
   }
 }
 
-// The tanh form, x / (1 + e^-2u), keeps NaN.
-WEMM_INLINE float gelu(float x) {
-  const float u = 0.7978845608f * (x + 0.044715f * x * x * x);
-  return x / (1.0f + exp_approx(-2.0f * u));
-}
+// The tanh form: x / (1 + e^-2u), u = sqrt(2 / pi) * (x + 0.044715 x^3). NaN stays NaN.
+WEMM_INLINE float gelu(float x) { return x / (1.0f + exp_approx(x * (-1.59576912f - 0.0713548163f * x * x))); }
 
 template <typename T>
 void finish(const std::int32_t* sums, float x_scale, const float* scale, const float* bias, std::int64_t n, T* out) {

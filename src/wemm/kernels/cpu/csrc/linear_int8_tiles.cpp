@@ -1,6 +1,6 @@
 // linear_int8 for many tokens: blocks of 32 tokens x 32 outputs, on matrix tiles or on AVX-512 VNNI.
 //
-// Tokens are rounded to int8 and used as they lie. Weights are transposed as they are used, 128 outputs at a time: in a
+// Tokens are rounded to int8 and used as they lie. Weights are transposed as they are used, up to 256 outputs at a time: in a
 // tile, four inputs of 16 outputs lie side by side. So sums come out as the result is written, outputs side by side.
 
 #include "linear_int8.h"
@@ -9,6 +9,10 @@
 #include <memory>
 #include <optional>
 #include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 #include "amx.h"
 #include "isa.h"
@@ -25,8 +29,16 @@ constexpr std::int64_t kBlock = 32;          // tokens, and outputs, multiplied 
 constexpr std::int64_t kGroup = 64;          // inputs of a tile
 constexpr std::int64_t kTile = 16 * kGroup;  // bytes
 constexpr std::int64_t kTokens = 1024;       // rounded at a time
-constexpr std::int64_t kGroups = 72;         // of a packed weight: 590 KB of the second-level cache
-constexpr std::int64_t kOutputs = 128;       // of a packed weight
+constexpr std::int64_t kGroups = 72;         // of a packed weight: at most 1.2 MB, of the second-level cache
+constexpr std::int64_t kOutputs = 256;       // of a packed weight, at most
+
+int num_threads() {
+#ifdef _OPENMP
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
 
 std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
 
@@ -171,7 +183,10 @@ void linear_int8_tiles(const T* x, std::int64_t tokens, const Int8Weight& weight
   const std::int64_t at_once = std::min(kTokens, round_up(tokens, kBlock));
   // The sums of all tokens are kept from one chunk to the next.
   const std::int64_t kept = chunks > 1 ? at_once : kBlock;
-  const std::int64_t jobs = (weight.outputs + kOutputs - 1) / kOutputs;
+  const std::int64_t threads = num_threads(), share = (weight.outputs + threads - 1) / threads;
+  // As many for every thread, as wide as fits.
+  const std::int64_t per_job = round_up(share / ((share + kOutputs - 1) / kOutputs), kBlock);
+  const std::int64_t jobs = (weight.outputs + per_job - 1) / per_job;
   Lines<std::int8_t> integers(at_once * stride);
   std::vector<float> x_scale(at_once);
   std::vector<std::int32_t> start(at_once);
@@ -194,7 +209,7 @@ void linear_int8_tiles(const T* x, std::int64_t tokens, const Int8Weight& weight
       }
 #pragma omp for schedule(dynamic)
       for (std::int64_t job = 0; job < jobs; ++job) {
-        const std::int64_t first = job * kOutputs, outputs = std::min(kOutputs, weight.outputs - first);
+        const std::int64_t first = job * per_job, outputs = std::min(per_job, weight.outputs - first);
         for (std::int64_t c = 0; c < chunks; ++c) {
           const std::int64_t begin = c * chunk, end = std::min(begin + chunk, groups), between = (end - begin) * kTile;
           for (std::int64_t o = 0; o < outputs; o += 16) {
