@@ -12,6 +12,7 @@ if importlib.util.find_spec("wemm.kernels.cpu._kernels") is not None:
         layer_norm,
         linear,
         linear_gelu,
+        linear_int4,
         rms_norm,
         rotary_embedding,
         silu_and_mul,

@@ -9,6 +9,13 @@ def rotary_embedding(x: TensorArgument, cos: TensorArgument, sin: TensorArgument
 def linear(
     x: TensorArgument, weight: TensorArgument, bias: TensorArgument | None, out: TensorArgument
 ) -> None: ...
+def linear_int4(
+    x: TensorArgument,
+    weight: TensorArgument,
+    scale: TensorArgument,
+    bias: TensorArgument | None,
+    out: TensorArgument,
+) -> None: ...
 def vision_attention(
     query: TensorArgument,
     key: TensorArgument,

@@ -33,6 +33,7 @@ class Tiles {
       shape.bytes_per_row[tile] = 64;
       shape.rows[tile] = 16;
     }
+    asm volatile("" : : "m"(shape));  // the next line tells the compiler of the first eight bytes only
     _tile_loadconfig(&shape);
   }
   WEMM_AMX ~Tiles() { _tile_release(); }

@@ -25,6 +25,10 @@ constexpr std::int64_t kMaxGemvTokens = 4;
 void linear(const TensorArgument& x, const TensorArgument& weight, const std::optional<TensorArgument>& bias,
             const TensorArgument& out);
 
+// weight, scale: quantization.py, Int4.
+void linear_int4(const TensorArgument& x, const TensorArgument& weight, const TensorArgument& scale,
+                 const std::optional<TensorArgument>& bias, const TensorArgument& out);
+
 // bounds: cu_seqlens.
 void vision_attention(const TensorArgument& query, const TensorArgument& key, const TensorArgument& value,
                       const std::vector<std::int64_t>& bounds, float scale, const TensorArgument& out);

@@ -14,7 +14,8 @@
 
 namespace wemm {
 
-enum class DType : int { float32 = 0, bfloat16 = 1 };  // wemm/kernels/cpu/tensors.py: DTYPE_CODES
+// wemm/kernels/cpu/tensors.py: DTYPE_CODES, INTEGER_CODES
+enum class DType : int { float32 = 0, bfloat16 = 1, int8 = 3, uint8 = 4 };
 
 using TensorArgument = std::tuple<std::uintptr_t, int, std::vector<std::int64_t>, std::vector<std::int64_t>>;
 
@@ -52,35 +53,22 @@ class Contract {
  public:
   explicit Contract(std::string kernel) : kernel_(std::move(kernel)) {}
 
+  // Of any float dtype.
   Contract& expect(const char* name, const Tensor& tensor, std::initializer_list<const char*> dims) {
     expect_rows(name, tensor, dims);
-    std::int64_t stride = 1;
-    for (std::size_t d = dims.size(); d-- > 0; stride *= tensor.shape[d]) {
-      if (tensor.shape[d] > 1 && tensor.strides[d] != stride && !tensor.is_empty()) fail(name, "must be contiguous");
-    }
-    return *this;
+    return expect_contiguous(name, tensor);
+  }
+
+  Contract& expect(const char* name, const Tensor& tensor, std::initializer_list<const char*> dims, DType dtype) {
+    if (tensor.dtype != dtype) fail(name, "has the wrong dtype");
+    expect_shape(name, tensor, dims);
+    return expect_contiguous(name, tensor);
   }
 
   // Contiguous in the last dimension only.
   Contract& expect_rows(const char* name, const Tensor& tensor, std::initializer_list<const char*> dims) {
     if (tensor.dtype != DType::float32 && tensor.dtype != DType::bfloat16) fail(name, "has an unknown dtype");
-    if (tensor.shape.size() != dims.size() || tensor.strides.size() != dims.size()) {
-      fail(name, "must have " + std::to_string(dims.size()) + " dimensions");
-    }
-    std::size_t i = 0;
-    for (const char* dim : dims) {
-      const auto [known, added] = lengths_.emplace(dim, tensor.shape[i]);
-      if (!added && known->second != tensor.shape[i]) {
-        fail(name, std::string("has ") + std::to_string(tensor.shape[i]) + " in dimension " + dim + ", not " +
-                       std::to_string(known->second));
-      }
-      ++i;
-    }
-    if (!tensor.is_empty()) {
-      if (tensor.address == 0) fail(name, "is null");
-      if (tensor.shape.back() > 1 && tensor.strides.back() != 1) fail(name, "must have contiguous rows");
-    }
-    return *this;
+    return expect_shape(name, tensor, dims);
   }
 
   Contract& same_dtype(std::initializer_list<const Tensor*> tensors) {
@@ -119,6 +107,34 @@ class Contract {
   std::int64_t operator[](const char* dim) const { return lengths_.at(dim); }
 
  private:
+  Contract& expect_shape(const char* name, const Tensor& tensor, std::initializer_list<const char*> dims) {
+    if (tensor.shape.size() != dims.size() || tensor.strides.size() != dims.size()) {
+      fail(name, "must have " + std::to_string(dims.size()) + " dimensions");
+    }
+    std::size_t i = 0;
+    for (const char* dim : dims) {
+      const auto [known, added] = lengths_.emplace(dim, tensor.shape[i]);
+      if (!added && known->second != tensor.shape[i]) {
+        fail(name, std::string("has ") + std::to_string(tensor.shape[i]) + " in dimension " + dim + ", not " +
+                       std::to_string(known->second));
+      }
+      ++i;
+    }
+    if (!tensor.is_empty()) {
+      if (tensor.address == 0) fail(name, "is null");
+      if (tensor.shape.back() > 1 && tensor.strides.back() != 1) fail(name, "must have contiguous rows");
+    }
+    return *this;
+  }
+
+  Contract& expect_contiguous(const char* name, const Tensor& tensor) {
+    std::int64_t stride = 1;
+    for (std::size_t d = tensor.shape.size(); d-- > 0; stride *= tensor.shape[d]) {
+      if (tensor.shape[d] > 1 && tensor.strides[d] != stride && !tensor.is_empty()) fail(name, "must be contiguous");
+    }
+    return *this;
+  }
+
   [[noreturn]] void fail(const char* name, const std::string& rule) const {
     throw std::invalid_argument(kernel_ + ": " + name + " " + rule);
   }
