@@ -25,19 +25,43 @@ std::int32_t excess_of(const std::int8_t* group) {
   return 8 * sum;
 }
 
+auto rows_of(std::int64_t tokens) {
+  switch (tokens) {
+    case 1: return WEMM_BEST(int4_rows<1>);
+    case 2: return WEMM_BEST(int4_rows<2>);
+    case 3: return WEMM_BEST(int4_rows<3>);
+    default: return WEMM_BEST(int4_rows<4>);
+  }
+}
+
+// As int4_rows wants them, which masks and shifts pairs of bytes: of each half of a group, even elements before odd ones.
+std::vector<std::int16_t> take_apart(const std::int8_t* x, std::int64_t groups) {
+  std::vector<std::int16_t> apart(groups * kInt4Group);
+  for (std::int64_t run = 0; run < groups * 4; ++run) {
+    for (std::int64_t i = 0; i < 32; ++i) apart[run * 32 + i] = x[run / 2 * 64 + 2 * i + run % 2];
+  }
+  return apart;
+}
+
 // Every weight is read once, at the speed of memory. x: [tokens, groups * 128].
 template <typename T>
 void few_tokens(const Int4Weight& weight, const std::int8_t* x, const float* x_scale, std::int64_t tokens,
                 const float* bias, T* out) {
-  std::vector<std::int32_t> excess(tokens * weight.groups);
-  for (std::int64_t i = 0; i < tokens * weight.groups; ++i) excess[i] = excess_of(x + i * kInt4Group);
+  const bool vnni = has_avx512_vnni();
+  std::vector<std::int32_t> excess(vnni ? tokens * weight.groups : 0);
+  for (std::size_t i = 0; i < excess.size(); ++i) excess[i] = excess_of(x + i * kInt4Group);
+  const std::vector<std::int16_t> apart = vnni ? std::vector<std::int16_t>() : take_apart(x, tokens * weight.groups);
+  const auto rows = rows_of(tokens);
   std::vector<float> sums(tokens * weight.outputs);
-  const auto add_rows = has_avx512_vnni() ? int4_rows_vnni : WEMM_BEST(int4_rows);
   const std::int64_t jobs = (weight.outputs + kRowsPerJob - 1) / kRowsPerJob;
 #pragma omp parallel for schedule(static) if (jobs > 1)
   for (std::int64_t job = 0; job < jobs; ++job) {
     const std::int64_t first = job * kRowsPerJob, last = std::min(first + kRowsPerJob, weight.outputs);
-    add_rows(weight, first, last, x, excess.data(), tokens, sums.data());
+    if (vnni) {
+      int4_rows_vnni(weight, first, last, x, excess.data(), tokens, sums.data());
+    } else {
+      rows(weight, first, last, apart.data(), sums.data());
+    }
     for (std::int64_t m = 0; m < tokens; ++m) {
       for (std::int64_t row = first; row < last; ++row) {
         const std::int64_t at = m * weight.outputs + row;
@@ -137,26 +161,51 @@ void linear_int4(const TensorArgument& x_argument, const TensorArgument& weight_
 
 #else
 
-// Sums of the rows first..last: int4_rows_vnni without its instructions.
-void int4_rows(const Int4Weight& weight, std::int64_t first, std::int64_t last, const std::int8_t* x,
-               const std::int32_t* excess, std::int64_t tokens, float* sums) {
+typedef std::uint16_t Pairs __attribute__((vector_size(4 * kLanes)));  // of bytes, or products of 16 bits
+typedef std::int32_t Ints __attribute__((vector_size(4 * kLanes)));
+
+template <typename T>
+WEMM_INLINE Pairs load_pairs(const T* x) {
+  Pairs value;
+  std::memcpy(&value, x, sizeof value);
+  return value;
+}
+
+// Sums of the rows first..last without products of four int8: in 16 bits, which eight products of at most 8 * 127
+// do not overflow. x: [M, groups, 2, 2, 32], even and odd elements of each half of a group.
+template <int M>
+void int4_rows(const Int4Weight& weight, std::int64_t first, std::int64_t last, const std::int16_t* x, float* sums) {
+  constexpr int kParts = 16 / kLanes;  // vectors of a group's bytes
+  constexpr std::int64_t kAhead = 1024;  // bytes
   for (std::int64_t row = first; row < last; ++row) {
-    const std::uint8_t* bytes = weight.packed + row * weight.groups * kInt4Bytes;
-    const bfloat16* scale = weight.scale + row * weight.groups;
-    for (std::int64_t m = 0; m < tokens; ++m) {
-      float total = 0.0f;
-      for (std::int64_t g = 0; g < weight.groups; ++g) {
-        const std::uint8_t* group = bytes + g * kInt4Bytes;
-        const std::int8_t* inputs = x + (m * weight.groups + g) * kInt4Group;
-        std::int32_t sum = -excess[m * weight.groups + g];
-#pragma omp simd reduction(+ : sum)
-        for (std::int64_t j = 0; j < kInt4Bytes; ++j) {
-          sum += (group[j] & 15) * inputs[j] + (group[j] >> 4) * inputs[kInt4Bytes + j];
-        }
-        total += to_float(scale[g]) * static_cast<float>(sum);
+    Floats totals[M] = {};
+    for (std::int64_t g = 0; g < weight.groups; ++g) {
+      const std::uint8_t* packed = weight.packed + (row * weight.groups + g) * kInt4Bytes;
+      __builtin_prefetch(packed + kAhead);
+      Pairs runs[4][kParts];  // as x
+#pragma GCC unroll 2
+      for (int part = 0; part < kParts; ++part) {
+        const Pairs pairs = load_pairs(packed + part * 4 * kLanes);
+        runs[0][part] = (pairs & 15) - 8;
+        runs[1][part] = (pairs >> 8 & 15) - 8;
+        runs[2][part] = (pairs >> 4 & 15) - 8;
+        runs[3][part] = (pairs >> 12) - 8;
       }
-      sums[m * weight.outputs + row] = total;
+      const float scale = to_float(weight.scale[row * weight.groups + g]);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        const std::int16_t* inputs = x + (m * weight.groups + g) * kInt4Group;
+        Pairs products = {};
+#pragma GCC unroll 4
+        for (int run = 0; run < 4; ++run)
+#pragma GCC unroll 2
+          for (int part = 0; part < kParts; ++part)
+            products += runs[run][part] * load_pairs(inputs + run * 32 + part * 2 * kLanes);
+        const Ints both = (Ints)products, wide = (both << 16 >> 16) + (both >> 16);
+        totals[m] += __builtin_convertvector(wide, Floats) * scale;
+      }
     }
+    for (int m = 0; m < M; ++m) sums[m * weight.outputs + row] = sum(totals[m]);
   }
 }
 
