@@ -82,7 +82,12 @@ def test_any_shape(tokens, out, width, dtype, bias, isa, threads, seed):
 
 @FUZZ
 @given(
-    tokens=st.integers(1, 70), out=st.integers(1, 70), groups=st.integers(1, 9), ends=st.booleans(), isa=SETS, seed=SEEDS
+    tokens=st.integers(1, 70),
+    out=st.integers(1, 70),
+    groups=st.integers(1, 9),
+    ends=st.booleans(),
+    isa=SETS,
+    seed=SEEDS,
 )
 def test_sums_of_integers_are_exact(tokens, out, groups, ends, isa, seed):
     """Scales of 1, a largest of 127: nothing is left to round, up to the largest sums there are."""
