@@ -1,4 +1,4 @@
-"""The products with int4 weights: exact sums of integers on every instruction set, any shape, any number of threads."""
+"""The products with int4 weights: exact sums of integers, any instruction set, shape and number of threads."""
 
 from __future__ import annotations
 

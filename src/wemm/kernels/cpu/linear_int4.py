@@ -1,4 +1,4 @@
-"""Weights of int4 as they lie in the file: read once for few tokens, in blocks that stay in the caches for many."""
+"""Weights of int4 as they lie in the file: read once for few tokens, in blocks that stay in caches for many."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 #ifndef WEMM_COMPILING_FOR_ISA
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "linear_int4.h"
@@ -15,14 +16,22 @@
 namespace wemm {
 namespace {
 
-constexpr std::int64_t kRowsPerJob = 128;
 constexpr std::int64_t kTilesPerJob = 32;  // 512 tokens: sums of a job stay in the second-level cache
 
-// What the 8 in every half byte adds to the product with a group.
-std::int32_t excess_of(const std::int8_t* group) {
+// What the sum of a group begins with: each of its half bytes is 8 too large.
+std::int32_t start_of(const std::int8_t* group) {
   std::int32_t sum = 0;
   for (std::int64_t i = 0; i < kInt4Group; ++i) sum += group[i];
-  return 8 * sum;
+  return -8 * sum;
+}
+
+// As int4_rows wants them, which masks and shifts pairs of bytes: of each half of a group, even elements before odd ones.
+std::vector<std::int16_t> take_apart(const std::vector<std::int8_t>& x) {
+  std::vector<std::int16_t> apart(x.size());
+  for (std::size_t run = 0; run < x.size() / 32; ++run) {
+    for (std::size_t i = 0; i < 32; ++i) apart[run * 32 + i] = x[run / 2 * 64 + 2 * i + run % 2];
+  }
+  return apart;
 }
 
 auto rows_of(std::int64_t tokens) {
@@ -34,73 +43,74 @@ auto rows_of(std::int64_t tokens) {
   }
 }
 
-// As int4_rows wants them, which masks and shifts pairs of bytes: of each half of a group, even elements before odd ones.
-std::vector<std::int16_t> take_apart(const std::int8_t* x, std::int64_t groups) {
-  std::vector<std::int16_t> apart(groups * kInt4Group);
-  for (std::int64_t run = 0; run < groups * 4; ++run) {
-    for (std::int64_t i = 0; i < 32; ++i) apart[run * 32 + i] = x[run / 2 * 64 + 2 * i + run % 2];
-  }
-  return apart;
-}
-
-// Every weight is read once, at the speed of memory. x: [tokens, groups * 128].
+// Every weight is read once, at the speed of memory.
 template <typename T>
-void few_tokens(const Int4Weight& weight, const std::int8_t* x, const float* x_scale, std::int64_t tokens,
-                const float* bias, T* out) {
+void few_tokens(const Int4Weight& weight, const T* x, std::int64_t tokens, std::int64_t width, const float* bias,
+                T* out) {
+  std::vector<std::int8_t> integers(tokens * weight.groups * kInt4Group);
+  float x_scale[kMaxInt4GemvTokens];
+  quantize_rows(x, tokens, width, weight.groups * kInt4Group, integers.data(), x_scale);
   const bool vnni = has_avx512_vnni();
-  std::vector<std::int32_t> excess(vnni ? tokens * weight.groups : 0);
-  for (std::size_t i = 0; i < excess.size(); ++i) excess[i] = excess_of(x + i * kInt4Group);
-  const std::vector<std::int16_t> apart = vnni ? std::vector<std::int16_t>() : take_apart(x, tokens * weight.groups);
-  const auto rows = rows_of(tokens);
-  std::vector<float> sums(tokens * weight.outputs);
-  const std::int64_t jobs = (weight.outputs + kRowsPerJob - 1) / kRowsPerJob;
+  std::vector<std::int32_t> start(vnni ? tokens * weight.groups : 0);
+  for (std::size_t i = 0; i < start.size(); ++i) start[i] = start_of(integers.data() + i * kInt4Group);
+  const std::vector<std::int16_t> apart = vnni ? std::vector<std::int16_t>() : take_apart(integers);
+  const auto add_rows = rows_of(tokens);
+  const std::int64_t jobs = (weight.outputs + kInt4JobRows - 1) / kInt4JobRows;
 #pragma omp parallel for schedule(static) if (jobs > 1)
   for (std::int64_t job = 0; job < jobs; ++job) {
-    const std::int64_t first = job * kRowsPerJob, last = std::min(first + kRowsPerJob, weight.outputs);
+    const std::int64_t first = job * kInt4JobRows, rows = std::min(kInt4JobRows, weight.outputs - first);
+    float sums[kMaxInt4GemvTokens * kInt4JobRows];
     if (vnni) {
-      int4_rows_vnni(weight, first, last, x, excess.data(), tokens, sums.data());
+      int4_rows_vnni(weight, first, rows, integers.data(), start.data(), tokens, sums);
     } else {
-      rows(weight, first, last, apart.data(), sums.data());
+      add_rows(weight, first, rows, apart.data(), sums);
     }
     for (std::int64_t m = 0; m < tokens; ++m) {
-      for (std::int64_t row = first; row < last; ++row) {
-        const std::int64_t at = m * weight.outputs + row;
-        out[at] = from_float<T>(sums[at] * x_scale[m] + bias[row]);
+      for (std::int64_t r = 0; r < rows; ++r) {
+        out[m * weight.outputs + first + r] = from_float<T>(sums[m * kInt4JobRows + r] * x_scale[m] + bias[first + r]);
       }
     }
   }
 }
 
+// Rounded to int8, as Int4Tiles wants them.
 struct PackedTokens {
-  std::vector<std::int8_t> x;
-  std::vector<std::int32_t> excess;
+  std::unique_ptr<std::int8_t[]> x;
+  std::vector<std::int32_t> start;
+  std::vector<float> scale;
 };
 
-// As Int4Tiles wants them.
-PackedTokens pack(const std::int8_t* x, std::int64_t tokens, std::int64_t groups) {
-  const std::int64_t tiles = (tokens + 15) / 16, width = groups * kInt4Group;
-  PackedTokens packed{std::vector<std::int8_t>(tiles * groups * kInt4TileBytes),
-                      std::vector<std::int32_t>(tiles * groups * 16)};
-#pragma omp parallel for schedule(static) if (tiles > 1)
-  for (std::int64_t tile = 0; tile < tiles; ++tile) {
-    const std::int64_t some = std::min<std::int64_t>(16, tokens - tile * 16);
-    const std::int8_t* from = x + tile * 16 * width;
-    std::int8_t* to = packed.x.data() + tile * 16 * width;
-    std::int32_t* excess = packed.excess.data() + tile * groups * 16;
-    for (std::int64_t k = 0; k < width; k += 4) {
-      for (std::int64_t t = 0; t < some; ++t) std::memcpy(to + k * 16 + t * 4, from + t * width + k, 4);
-    }
-    for (std::int64_t g = 0; g < groups; ++g) {
-      for (std::int64_t t = 0; t < some; ++t) excess[g * 16 + t] = excess_of(from + t * width + g * kInt4Group);
+template <typename T>
+PackedTokens pack(const T* x, std::int64_t tokens, std::int64_t width, std::int64_t groups) {
+  const std::int64_t tiles = (tokens + 15) / 16, padded = groups * kInt4Group;
+  const std::int64_t stride = padded + 64;  // rows a power of two apart would share a set of the cache
+  PackedTokens packed{std::unique_ptr<std::int8_t[]>(new std::int8_t[tiles * 16 * padded]),
+                      std::vector<std::int32_t>(tiles * groups * 16), std::vector<float>(tiles * 16)};
+#pragma omp parallel if (tiles > 1)
+  {
+    std::vector<std::int8_t> rows(16 * stride);
+#pragma omp for schedule(static)
+    for (std::int64_t tile = 0; tile < tiles; ++tile) {
+      const std::int64_t some = std::min<std::int64_t>(16, tokens - tile * 16);
+      quantize_rows(x + tile * 16 * width, some, width, stride, rows.data(), packed.scale.data() + tile * 16);
+      std::fill(rows.begin() + some * stride, rows.end(), 0);
+      std::int8_t* to = packed.x.get() + tile * 16 * padded;
+      for (std::int64_t k = 0; k < padded; k += 4) {
+        for (std::int64_t t = 0; t < 16; ++t, to += 4) std::memcpy(to, rows.data() + t * stride + k, 4);
+      }
+      std::int32_t* start = packed.start.data() + tile * groups * 16;
+      for (std::int64_t g = 0; g < groups; ++g) {
+        for (std::int64_t t = 0; t < 16; ++t) start[g * 16 + t] = start_of(rows.data() + t * stride + g * kInt4Group);
+      }
     }
   }
   return packed;
 }
 
 template <typename T>
-void many_tokens(const Int4Weight& weight, const std::int8_t* x, const float* x_scale, std::int64_t tokens,
-                 const float* bias, T* out) {
-  const PackedTokens packed = pack(x, tokens, weight.groups);
+void many_tokens(const Int4Weight& weight, const T* x, std::int64_t tokens, std::int64_t width, const float* bias,
+                 T* out) {
+  const PackedTokens packed = pack(x, tokens, width, weight.groups);
   const auto multiply = isa() == Isa::amx ? int4_tiles_amx : int4_tiles_vnni;
   const std::int64_t tiles = (tokens + 15) / 16, tiles_per_job = std::min(tiles, kTilesPerJob);
   // With few tiles a job's time is the reading of its rows, best done one behind the other.
@@ -115,10 +125,11 @@ void many_tokens(const Int4Weight& weight, const std::int8_t* x, const float* x_
       const std::int64_t first = job / columns * rows_per_job, rows = std::min(rows_per_job, weight.outputs - first);
       const std::int64_t tile = job % columns * tiles_per_job, count = std::min(tiles_per_job, tiles - tile);
       const std::int64_t at = tile * weight.groups;
-      multiply(weight, first, rows, {packed.x.data() + at * kInt4TileBytes, packed.excess.data() + at * 16, count},
+      multiply(weight, first, rows, {packed.x.get() + at * kInt4TileBytes, packed.start.data() + at * 16, count},
                sums.data());
-      int4_finish(sums.data(), x_scale + tile * 16, bias + first, rows, std::min(count * 16, tokens - tile * 16),
-                  weight.outputs, out + tile * 16 * weight.outputs + first);
+      int4_finish(sums.data(), packed.scale.data() + tile * 16, bias + first, rows,
+                  std::min(count * 16, tokens - tile * 16), weight.outputs,
+                  out + tile * 16 * weight.outputs + first);
     }
   }
 }
@@ -149,11 +160,8 @@ void linear_int4(const TensorArgument& x_argument, const TensorArgument& weight_
       for (std::int64_t o = 0; o < weight.outputs; ++o) offset[o] = to_float(bias.data<T>()[o]);
     }
     if (out.is_empty()) return;
-    std::vector<std::int8_t> integers(tokens * groups * kInt4Group);
-    std::vector<float> x_scale(tokens);
-    quantize_rows(x.data<T>(), tokens, width, groups * kInt4Group, integers.data(), x_scale.data());
     const auto path = tokens <= kMaxInt4GemvTokens ? few_tokens<T> : many_tokens<T>;
-    path(weight, integers.data(), x_scale.data(), tokens, offset.data(), out.data<T>());
+    path(weight, x.data<T>(), tokens, width, offset.data(), out.data<T>());
   });
 }
 
@@ -171,13 +179,13 @@ WEMM_INLINE Pairs load_pairs(const T* x) {
   return value;
 }
 
-// Sums of the rows first..last without products of four int8: in 16 bits, which eight products of at most 8 * 127
-// do not overflow. x: [M, groups, 2, 2, 32], even and odd elements of each half of a group.
+// int4_rows_vnni without products of four int8: in 16 bits, which eight products of at most 8 * 127 do not overflow. x: [M, groups, 2, 2, 32], even and odd elements of each half of a group.
 template <int M>
-void int4_rows(const Int4Weight& weight, std::int64_t first, std::int64_t last, const std::int16_t* x, float* sums) {
+void int4_rows(const Int4Weight& weight, std::int64_t first, std::int64_t rows, const std::int16_t* x, float* sums) {
   constexpr int kParts = 16 / kLanes;  // vectors of a group's bytes
   constexpr std::int64_t kAhead = 1024;  // bytes
-  for (std::int64_t row = first; row < last; ++row) {
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const std::int64_t row = first + r;
     Floats totals[M] = {};
     for (std::int64_t g = 0; g < weight.groups; ++g) {
       const std::uint8_t* packed = weight.packed + (row * weight.groups + g) * kInt4Bytes;
@@ -205,7 +213,7 @@ void int4_rows(const Int4Weight& weight, std::int64_t first, std::int64_t last, 
         totals[m] += __builtin_convertvector(wide, Floats) * scale;
       }
     }
-    for (int m = 0; m < M; ++m) sums[m * weight.outputs + row] = sum(totals[m]);
+    for (int m = 0; m < M; ++m) sums[m * kInt4JobRows + r] = sum(totals[m]);
   }
 }
 

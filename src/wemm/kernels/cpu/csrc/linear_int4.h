@@ -18,24 +18,24 @@ struct Int4Weight {
   std::int64_t outputs, groups;
 };
 
-// Sums of the rows first..last for up to kMaxInt4GemvTokens. x: [tokens, groups * 128]; excess: what the 8 in every
-// half byte adds to a group, [tokens, groups]; sums: [tokens, outputs].
-void int4_rows_vnni(const Int4Weight& weight, std::int64_t first, std::int64_t last, const std::int8_t* x,
-                    const std::int32_t* excess, std::int64_t tokens, float* sums);
+// A job: up to this many rows of the weight, from `first` on.
+constexpr std::int64_t kInt4JobRows = 128;
+
+// Sums of a job for up to kMaxInt4GemvTokens: [tokens, kInt4JobRows]. x: [tokens, groups * 128]; start: what the sum of
+// a group begins with, as every half byte is 8 too large, [tokens, groups].
+void int4_rows_vnni(const Int4Weight& weight, std::int64_t first, std::int64_t rows, const std::int8_t* x,
+                    const std::int32_t* start, std::int64_t tokens, float* sums);
 
 // Many tokens, in tiles of 16: of every four inputs, those of the 16 tokens side by side.
 constexpr std::int64_t kInt4TileBytes = 16 * kInt4Group;  // of a group
 
 struct Int4Tiles {
-  const std::int8_t* x;        // [count, groups, 32, 16, 4]
-  const std::int32_t* excess;  // [count, groups, 16]
+  const std::int8_t* x;       // [count, groups, 32, 16, 4]
+  const std::int32_t* start;  // [count, groups, 16]
   std::int64_t count;
 };
 
-// Sums of the rows of a job (up to kInt4JobRows, from `first` on): [count / 2, kInt4JobRows, 32]. Both paths add up the
-// same numbers in the same order.
-constexpr std::int64_t kInt4JobRows = 128;
-
+// Sums of a job: [count / 2, kInt4JobRows, 32]. Both paths add up the same numbers in the same order.
 void int4_tiles_vnni(const Int4Weight& weight, std::int64_t first, std::int64_t rows, const Int4Tiles& tokens,
                      float* sums);
 void int4_tiles_amx(const Int4Weight& weight, std::int64_t first, std::int64_t rows, const Int4Tiles& tokens,

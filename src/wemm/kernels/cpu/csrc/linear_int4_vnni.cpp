@@ -33,7 +33,7 @@ WEMM_AVX512_VNNI WEMM_INLINE void widen(const bfloat16* scale, std::int64_t coun
 // Rows first, first + apart, … of the weight, R of them, times M tokens.
 template <int R, int M>
 WEMM_AVX512_VNNI WEMM_INLINE void some_rows(const Int4Weight& weight, std::int64_t first, std::int64_t apart,
-                                            const std::int8_t* x, const std::int32_t* excess, float* sums) {
+                                            const std::int8_t* x, const std::int32_t* start, float* sums) {
   constexpr std::int64_t kAhead = 2048;  // bytes
   const std::int64_t groups = weight.groups;
   __m512 totals[R][M];
@@ -60,7 +60,7 @@ WEMM_AVX512_VNNI WEMM_INLINE void some_rows(const Int4Weight& weight, std::int64
         for (int m = 0; m < M; ++m) {
           const std::int8_t* inputs = x + (m * groups + group) * kInt4Group;
           // In one lane: they are added up in the end.
-          __m512i products = _mm512_zextsi128_si512(_mm_cvtsi32_si128(-excess[m * groups + group]));
+          __m512i products = _mm512_zextsi128_si512(_mm_cvtsi32_si128(start[m * groups + group]));
           add_products(products, low, _mm512_loadu_si512(inputs));
           add_products(products, high, _mm512_loadu_si512(inputs + kInt4Bytes));
           totals[r][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), _mm512_set1_ps(scale[r][i]), totals[r][m]);
@@ -69,18 +69,18 @@ WEMM_AVX512_VNNI WEMM_INLINE void some_rows(const Int4Weight& weight, std::int64
     }
   }
   for (int r = 0; r < R; ++r) {
-    for (int m = 0; m < M; ++m) sums[m * weight.outputs + first + r * apart] = _mm512_reduce_add_ps(totals[r][m]);
+    for (int m = 0; m < M; ++m) sums[m * kInt4JobRows + r * apart] = _mm512_reduce_add_ps(totals[r][m]);
   }
 }
 
 // In several streams, as in linear.cpp.
 template <int M>
-WEMM_AVX512_VNNI void rows_of(const Int4Weight& weight, std::int64_t first, std::int64_t last, const std::int8_t* x,
-                              const std::int32_t* excess, float* sums) {
+WEMM_AVX512_VNNI void all_rows(const Int4Weight& weight, std::int64_t first, std::int64_t rows, const std::int8_t* x,
+                               const std::int32_t* start, float* sums) {
   constexpr int R = 4;
-  const std::int64_t apart = (last - first) / R;
-  for (std::int64_t i = 0; i < apart; ++i) some_rows<R, M>(weight, first + i, apart, x, excess, sums);
-  for (std::int64_t i = first + R * apart; i < last; ++i) some_rows<1, M>(weight, i, 0, x, excess, sums);
+  const std::int64_t apart = rows / R;
+  for (std::int64_t i = 0; i < apart; ++i) some_rows<R, M>(weight, first + i, apart, x, start, sums + i);
+  for (std::int64_t i = R * apart; i < rows; ++i) some_rows<1, M>(weight, first + i, 0, x, start, sums + i);
 }
 
 constexpr int kRows = 6;  // of a register tile: with four vectors of tokens 24 accumulators
@@ -110,9 +110,9 @@ WEMM_AVX512_VNNI WEMM_INLINE void register_tile(const Int4Weight& weight, std::i
     __m512i products[kRows][V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      const __m512i excess = _mm512_loadu_si512(tokens.excess + ((tile + v) * groups + group) * 16);
+      const __m512i start = _mm512_loadu_si512(tokens.start + ((tile + v) * groups + group) * 16);
 #pragma GCC unroll 6
-      for (int r = 0; r < kRows; ++r) products[r][v] = _mm512_sub_epi32(_mm512_setzero_si512(), excess);
+      for (int r = 0; r < kRows; ++r) products[r][v] = start;
     }
 #pragma GCC unroll 4
     for (int k = 0; k < kInt4Group; k += 4) {
@@ -140,8 +140,8 @@ WEMM_AVX512_VNNI WEMM_INLINE void register_tile(const Int4Weight& weight, std::i
 }
 
 template <int V>
-WEMM_AVX512_VNNI void all_rows(const Int4Weight& weight, std::int64_t first, std::int64_t rows, const Int4Tiles& tokens,
-                               std::int64_t tile, float* sums) {
+WEMM_AVX512_VNNI void all_rows_of_tiles(const Int4Weight& weight, std::int64_t first, std::int64_t rows, const Int4Tiles& tokens,
+                                        std::int64_t tile, float* sums) {
   alignas(64) float totals[kRows][V][16];
   for (std::int64_t row = 0; row < rows; row += kRows) {
     register_tile<V>(weight, first + row, rows - row, tokens, tile, totals);
@@ -211,24 +211,24 @@ WEMM_AVX512_VNNI void finish(const float* sums, const float* x_scale, const floa
 
 }  // namespace
 
-void int4_rows_vnni(const Int4Weight& weight, std::int64_t first, std::int64_t last, const std::int8_t* x,
-                    const std::int32_t* excess, std::int64_t tokens, float* sums) {
+void int4_rows_vnni(const Int4Weight& weight, std::int64_t first, std::int64_t rows, const std::int8_t* x,
+                    const std::int32_t* start, std::int64_t tokens, float* sums) {
   switch (tokens) {
-    case 1: return rows_of<1>(weight, first, last, x, excess, sums);
-    case 2: return rows_of<2>(weight, first, last, x, excess, sums);
-    case 3: return rows_of<3>(weight, first, last, x, excess, sums);
-    default: return rows_of<4>(weight, first, last, x, excess, sums);
+    case 1: return all_rows<1>(weight, first, rows, x, start, sums);
+    case 2: return all_rows<2>(weight, first, rows, x, start, sums);
+    case 3: return all_rows<3>(weight, first, rows, x, start, sums);
+    default: return all_rows<4>(weight, first, rows, x, start, sums);
   }
 }
 
 void int4_tiles_vnni(const Int4Weight& weight, std::int64_t first, std::int64_t rows, const Int4Tiles& tokens,
                      float* sums) {
   std::int64_t tile = 0;
-  for (; tile + 4 <= tokens.count; tile += 4) all_rows<4>(weight, first, rows, tokens, tile, sums);
+  for (; tile + 4 <= tokens.count; tile += 4) all_rows_of_tiles<4>(weight, first, rows, tokens, tile, sums);
   switch (tokens.count - tile) {
-    case 3: all_rows<3>(weight, first, rows, tokens, tile, sums); break;
-    case 2: all_rows<2>(weight, first, rows, tokens, tile, sums); break;
-    case 1: all_rows<1>(weight, first, rows, tokens, tile, sums); break;
+    case 3: all_rows_of_tiles<3>(weight, first, rows, tokens, tile, sums); break;
+    case 2: all_rows_of_tiles<2>(weight, first, rows, tokens, tile, sums); break;
+    case 1: all_rows_of_tiles<1>(weight, first, rows, tokens, tile, sums); break;
     default: break;
   }
 }
