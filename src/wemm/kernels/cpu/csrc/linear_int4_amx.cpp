@@ -68,12 +68,14 @@ WEMM_AMX WEMM_INLINE void store(std::int32_t (&products)[kRows][T][16]) {
   if (T == 2) _tile_stored(3, products[16][T - 1], kStride);
 }
 
-// sums [kRows, 32] += scale * integers
+// sums [kRows, 32] += scale * integers. Meanwhile the tokens of the group after next are fetched.
 template <int T>
 WEMM_AMX WEMM_INLINE void accumulate(const std::int32_t (&products)[kRows][T][16], const float (&scale)[kRows],
-                                     float* sums) {
+                                     const std::int8_t* ahead, std::int64_t apart, float* sums) {
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
+    __builtin_prefetch(ahead + r * 64);
+    if (T == 2) __builtin_prefetch(ahead + apart + r * 64);
     const __m512 factor = _mm512_set1_ps(scale[r]);
 #pragma GCC unroll 2
     for (int t = 0; t < T; ++t) {
@@ -92,10 +94,11 @@ WEMM_AMX void add_groups(const Panel& panel, std::int64_t count, const std::int8
   store<T>(products);
   for (std::int64_t g = 1; g < count; ++g) {  // a group's integers are added up while the next one's are multiplied
     multiply<T>(panel.weight[g], x + g * kInt4TileBytes, apart);
-    accumulate<T>(products, panel.scale[g - 1], sums);
+    const std::int8_t* ahead = g + 1 < count ? x + (g + 1) * kInt4TileBytes : x + T * apart;
+    accumulate<T>(products, panel.scale[g - 1], ahead, apart, sums);
     store<T>(products);
   }
-  accumulate<T>(products, panel.scale[count - 1], sums);
+  accumulate<T>(products, panel.scale[count - 1], x + T * apart + kInt4TileBytes, apart, sums);
 }
 
 }  // namespace

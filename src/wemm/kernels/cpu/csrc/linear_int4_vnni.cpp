@@ -106,6 +106,7 @@ WEMM_AVX512_VNNI WEMM_INLINE void register_tile(const Int4Weight& weight, std::i
       _mm512_store_si512(bytes[r], low_halves(halves));
       _mm512_store_si512(bytes[r] + kInt4Bytes, high_halves(halves));
     }
+    asm volatile("" ::: "memory");  // totals stay in memory: the accumulators need the registers
     const std::int8_t* x = tokens.x + (tile * groups + group) * kInt4TileBytes;
     __m512i products[kRows][V];
 #pragma GCC unroll 4
@@ -114,7 +115,6 @@ WEMM_AVX512_VNNI WEMM_INLINE void register_tile(const Int4Weight& weight, std::i
 #pragma GCC unroll 6
       for (int r = 0; r < kRows; ++r) products[r][v] = start;
     }
-#pragma GCC unroll 4
     for (int k = 0; k < kInt4Group; k += 4) {
       __m512i inputs[V];
 #pragma GCC unroll 4
