@@ -25,7 +25,7 @@ std::int32_t start_of(const std::int8_t* group) {
   return -8 * sum;
 }
 
-// As int4_rows wants them, which masks and shifts pairs of bytes: of each half of a group, even elements before odd ones.
+// As int4_rows wants them, which takes bytes apart in pairs: of each half of a group, even elements before odd ones.
 std::vector<std::int16_t> take_apart(const std::vector<std::int8_t>& x) {
   std::vector<std::int16_t> apart(x.size());
   for (std::size_t run = 0; run < x.size() / 32; ++run) {
@@ -179,7 +179,8 @@ WEMM_INLINE Pairs load_pairs(const T* x) {
   return value;
 }
 
-// int4_rows_vnni without products of four int8: in 16 bits, which eight products of at most 8 * 127 do not overflow. x: [M, groups, 2, 2, 32], even and odd elements of each half of a group.
+// int4_rows_vnni without products of four int8: in 16 bits, which eight products of at most 8 * 127 do not overflow.
+// x: [M, groups, 2, 2, 32], even and odd elements of each half of a group.
 template <int M>
 void int4_rows(const Int4Weight& weight, std::int64_t first, std::int64_t rows, const std::int16_t* x, float* sums) {
   constexpr int kParts = 16 / kLanes;  // vectors of a group's bytes

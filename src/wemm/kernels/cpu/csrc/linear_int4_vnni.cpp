@@ -140,8 +140,8 @@ WEMM_AVX512_VNNI WEMM_INLINE void register_tile(const Int4Weight& weight, std::i
 }
 
 template <int V>
-WEMM_AVX512_VNNI void all_rows_of_tiles(const Int4Weight& weight, std::int64_t first, std::int64_t rows, const Int4Tiles& tokens,
-                                        std::int64_t tile, float* sums) {
+WEMM_AVX512_VNNI void all_rows_of_tiles(const Int4Weight& weight, std::int64_t first, std::int64_t rows,
+                                        const Int4Tiles& tokens, std::int64_t tile, float* sums) {
   alignas(64) float totals[kRows][V][16];
   for (std::int64_t row = 0; row < rows; row += kRows) {
     register_tile<V>(weight, first + row, rows - row, tokens, tile, totals);
@@ -187,8 +187,8 @@ WEMM_AVX512_VNNI WEMM_INLINE void store(__m512 values, __mmask16 some, bfloat16*
 }
 
 template <typename T>
-WEMM_AVX512_VNNI void finish(const float* sums, const float* x_scale, const float* bias, std::int64_t rows, std::int64_t tokens,
-                             std::int64_t outputs, T* out) {
+WEMM_AVX512_VNNI void finish(const float* sums, const float* x_scale, const float* bias, std::int64_t rows,
+                             std::int64_t tokens, std::int64_t outputs, T* out) {
   for (std::int64_t token = 0; token < tokens; token += 16) {
     for (std::int64_t row = 0; row < rows; row += 16) {
       __m512 tile[16];
