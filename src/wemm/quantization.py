@@ -86,12 +86,20 @@ class Int4:
         return out_size, num_groups(in_size)
 
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The integers and scales with the least squared error among a few candidates per group."""
-        groups = F.pad(weight.to(torch.float32), (0, -weight.shape[-1] % INT4_GROUP)).unflatten(
-            -1, (-1, INT4_GROUP)
-        )
-        scale = _least_error_scale(groups)
-        return pack_int4(_round_int4(groups, scale)), scale
+        """The integers and scales with the least squared error among a few candidates per group.
+
+        A group that holds NaN or Inf gets the scale NaN.
+        """
+        out_size, in_size = weight.shape
+        packed = weight.new_empty(self.weight_shape(out_size, in_size), dtype=self.weight_dtype)
+        scale = weight.new_empty(self.scale_shape(out_size, in_size), dtype=self.scale_dtype)
+        rows_at_once = max(1, _INT4_AT_ONCE // max(1, in_size))
+        for first in range(0, out_size, rows_at_once):
+            rows = slice(first, first + rows_at_once)
+            wide = F.pad(weight[rows].to(torch.float32), (0, -in_size % INT4_GROUP))
+            integers, scale[rows] = _quantize_groups(wide.unflatten(-1, (-1, INT4_GROUP)))
+            packed[rows] = pack_int4(integers)
+        return packed, scale
 
     def dequantize(self, weight: torch.Tensor, scale: torch.Tensor, in_size: int) -> torch.Tensor:
         """→ float32 [out, in]."""
@@ -130,7 +138,8 @@ KV_SCALE_BYTES = 4
 def quantize_kv(x: torch.Tensor) -> torch.Tensor:
     """Keys or values [..., head_dim] → int8 [..., head_dim + 4], a scale per token and head."""
     integers, scale = quantize_rows(x)
-    return torch.cat((integers.to(torch.int8), scale.clone(memory_format=torch.contiguous_format).view(torch.int8)), -1)
+    scale = scale.clone(memory_format=torch.contiguous_format)
+    return torch.cat((integers.to(torch.int8), scale.view(torch.int8)), -1)
 
 
 def dequantize_kv(rows: torch.Tensor) -> torch.Tensor:
@@ -151,29 +160,49 @@ def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
     return torch.cat((groups & 15, groups >> 4), -1).to(torch.float32) - _INT4_ZERO
 
 
-def _round_int4(groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    inverse = 1 / scale.to(torch.float32).unsqueeze(-1)
-    return torch.round(groups * inverse.nan_to_num(0, 0, 0)).clamp_(-8, 7)
-
+_INT4_AT_ONCE = 2**17
+"""Weights quantised at a time: with what is made of them on the way they stay in a cache."""
 
 # What the element furthest from zero is divided by. Its sign goes into the scale, so that it may become -8; to
 # clip it (below 8) or to leave it between two integers often costs less than it saves for the others.
 _INT4_RANGES = (-8.0, -7.6, -7.2, -6.8, -8.4, 7.0)
 
 
-def _least_error_scale(groups: torch.Tensor) -> torch.Tensor:
-    """[out, groups, 128] → bfloat16 [out, groups]."""
-    furthest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
+def _quantize_groups(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[out, groups, 128] → integers as float32, and their scale bfloat16 [out, groups]."""
+    furthest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    finite = furthest.isfinite()
+    # A power of two changes no digit, and keeps squares of huge and tiny numbers within float32.
+    power = torch.exp2(torch.where(finite, furthest, 0).frexp().exponent.clamp(-126, 126).to(torch.float32))
+    groups = torch.where(finite, groups / power, 0)
+    scale = _least_error_scale(groups, torch.where(finite, furthest / power, 0))
+    integers = _round_int4(groups, scale, torch.empty_like(groups))
+    return integers, torch.where(finite, scale.to(torch.float32) * power, torch.nan).squeeze(-1).to(torch.bfloat16)
+
+
+def _least_error_scale(groups: torch.Tensor, furthest: torch.Tensor) -> torch.Tensor:
+    """[out, groups, 128], [out, groups, 1] → bfloat16 [out, groups, 1]."""
     best = torch.zeros_like(furthest, dtype=torch.bfloat16)
     least = torch.full_like(furthest, torch.inf)
+    integers, scratch = torch.empty_like(groups), torch.empty_like(groups)
+
+    def try_scale(scale: torch.Tensor) -> None:
+        _round_int4(groups, scale, integers)
+        torch.mul(integers, scale.to(torch.float32), out=scratch)
+        error = scratch.sub_(groups).square_().sum(-1, keepdim=True)
+        better = error < least
+        torch.where(better, scale, best, out=best)
+        torch.where(better, error, least, out=least)
+
     for extent in _INT4_RANGES:
-        scale = (furthest / extent).to(torch.bfloat16)
-        for _ in range(2):  # the second time with the scale that suits these integers best
-            integers = _round_int4(groups, scale)
-            error = (groups - integers * scale.to(torch.float32).unsqueeze(-1)).square().sum(-1)
-            better = error < least
-            best, least = torch.where(better, scale, best), torch.where(better, error, least)
-            scale = (
-                ((groups * integers).sum(-1) / integers.square().sum(-1)).nan_to_num(0, 0, 0).to(torch.bfloat16)
-            )
+        try_scale((furthest / extent).to(torch.bfloat16))
+        # Once more with the scale that suits these integers best.
+        products = torch.mul(groups, integers, out=scratch).sum(-1, keepdim=True)
+        squares = torch.mul(integers, integers, out=scratch).sum(-1, keepdim=True)
+        try_scale((products / squares).nan_to_num_(0, 0, 0).to(torch.bfloat16))
     return best
+
+
+def _round_int4(groups: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    inverse = (1 / scale.to(torch.float32)).nan_to_num_(0, 0, 0)
+    return torch.mul(groups, inverse, out=out).round_().clamp_(-8, 7)

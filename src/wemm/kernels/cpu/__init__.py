@@ -13,6 +13,7 @@ if importlib.util.find_spec("wemm.kernels.cpu._kernels") is not None:
         layer_norm,
         linear,
         linear_gelu,
+        linear_int4,
         linear_int8,
         linear_int8_gelu,
         rms_norm,

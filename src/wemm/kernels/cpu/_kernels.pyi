@@ -27,6 +27,13 @@ def linear_int8(
 def linear_int8_gelu(
     x: TensorArgument, weight: TensorArgument, scale: TensorArgument, bias: TensorArgument, out: TensorArgument
 ) -> None: ...
+def linear_int4(
+    x: TensorArgument,
+    weight: TensorArgument,
+    scale: TensorArgument,
+    bias: TensorArgument | None,
+    out: TensorArgument,
+) -> None: ...
 def vision_attention(
     query: TensorArgument,
     key: TensorArgument,

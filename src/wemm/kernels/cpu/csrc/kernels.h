@@ -31,6 +31,9 @@ void linear_int8(const TensorArgument& x, const TensorArgument& weight, const Te
                  const std::optional<TensorArgument>& bias, const TensorArgument& out);
 void linear_int8_gelu(const TensorArgument& x, const TensorArgument& weight, const TensorArgument& scale,
                       const TensorArgument& bias, const TensorArgument& out);
+// weight, scale: quantization.py, Int4.
+void linear_int4(const TensorArgument& x, const TensorArgument& weight, const TensorArgument& scale,
+                 const std::optional<TensorArgument>& bias, const TensorArgument& out);
 
 // bounds: cu_seqlens.
 void vision_attention(const TensorArgument& query, const TensorArgument& key, const TensorArgument& value,

@@ -25,6 +25,8 @@ NB_MODULE(_kernels, m) {
         nb::arg("out"), nb::call_guard<nb::gil_scoped_release>());
   m.def("linear_int8_gelu", &wemm::linear_int8_gelu, nb::arg("x"), nb::arg("weight"), nb::arg("scale"),
         nb::arg("bias"), nb::arg("out"), nb::call_guard<nb::gil_scoped_release>());
+  m.def("linear_int4", &wemm::linear_int4, nb::arg("x"), nb::arg("weight"), nb::arg("scale"), nb::arg("bias").none(),
+        nb::arg("out"), nb::call_guard<nb::gil_scoped_release>());
   m.def("vision_attention", &wemm::vision_attention, nb::arg("query"), nb::arg("key"), nb::arg("value"),
         nb::arg("cu_seqlens"), nb::arg("scale"), nb::arg("out"), nb::call_guard<nb::gil_scoped_release>());
   m.def("prefill_attention", &wemm::prefill_attention, nb::arg("query"), nb::arg("key_cache"), nb::arg("value_cache"),
