@@ -46,5 +46,7 @@ void int4_finish(const float* sums, const float* x_scale, const float* bias, std
                  std::int64_t outputs, float* out);
 void int4_finish(const float* sums, const float* x_scale, const float* bias, std::int64_t rows, std::int64_t tokens,
                  std::int64_t outputs, bfloat16* out);
+void int4_finish(const float* sums, const float* x_scale, const float* bias, std::int64_t rows, std::int64_t tokens,
+                 std::int64_t outputs, float16* out);
 
 }  // namespace wemm

@@ -186,6 +186,10 @@ WEMM_AVX512_VNNI WEMM_INLINE void store(__m512 values, __mmask16 some, bfloat16*
   _mm256_mask_storeu_epi16(out, some, _mm512_cvtepi32_epi16(words));
 }
 
+WEMM_AVX512_VNNI WEMM_INLINE void store(__m512 values, __mmask16 some, float16* out) {
+  _mm256_mask_storeu_epi16(out, some, _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
+}
+
 template <typename T>
 WEMM_AVX512_VNNI void finish(const float* sums, const float* x_scale, const float* bias, std::int64_t rows,
                              std::int64_t tokens, std::int64_t outputs, T* out) {
@@ -243,6 +247,11 @@ void int4_finish(const float* sums, const float* x_scale, const float* bias, std
   finish(sums, x_scale, bias, rows, tokens, outputs, out);
 }
 
+void int4_finish(const float* sums, const float* x_scale, const float* bias, std::int64_t rows, std::int64_t tokens,
+                 std::int64_t outputs, float16* out) {
+  finish(sums, x_scale, bias, rows, tokens, outputs, out);
+}
+
 }  // namespace wemm
 
 #else
@@ -253,6 +262,7 @@ void int4_rows_vnni(const Int4Weight&, std::int64_t, std::int64_t, const std::in
 void int4_tiles_vnni(const Int4Weight&, std::int64_t, std::int64_t, const Int4Tiles&, float*) {}
 void int4_finish(const float*, const float*, const float*, std::int64_t, std::int64_t, std::int64_t, float*) {}
 void int4_finish(const float*, const float*, const float*, std::int64_t, std::int64_t, std::int64_t, bfloat16*) {}
+void int4_finish(const float*, const float*, const float*, std::int64_t, std::int64_t, std::int64_t, float16*) {}
 }  // namespace wemm
 
 #endif
