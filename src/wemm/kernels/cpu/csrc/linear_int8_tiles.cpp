@@ -42,19 +42,19 @@ int num_threads() {
 
 std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
 
-// Memory that begins with a cache line.
+// Uninitialised memory that begins with a cache line: the thread that writes it first gets its pages.
 template <typename T>
 class Lines {
  public:
-  explicit Lines(std::int64_t size) : memory_(size + 64 / sizeof(T)) {
-    void* start = memory_.data();
-    std::size_t space = memory_.size() * sizeof(T);
+  explicit Lines(std::int64_t size) : memory_(new T[size + 64 / sizeof(T)]) {
+    void* start = memory_.get();
+    std::size_t space = size * sizeof(T) + 64;
     data_ = static_cast<T*>(std::align(64, size * sizeof(T), start, space));
   }
   T* data() { return data_; }
 
  private:
-  std::vector<T> memory_;
+  std::unique_ptr<T[]> memory_;
   T* data_;
 };
 
@@ -94,25 +94,27 @@ WEMM_AMX void multiply_amx(const std::int8_t* x, std::int64_t stride, const std:
   _tile_stored(3, below + 16, kRow);
 }
 
-// Packed weights are 128 too large here, and `start` begins as much too low.
+// Packed weights are 128 too large here, and `start` begins as much too low. A part of the weights is used by all
+// tokens while it lies in the first-level cache.
 WEMM_AVX512_VNNI void multiply_vnni(const std::int8_t* x, std::int64_t stride, const std::int8_t* tiles,
                                     std::int64_t between, std::int64_t groups, const std::int32_t* start,
                                     std::int32_t* sums) {
   constexpr int kRows = 8;
-  for (std::int64_t token = 0; token < kBlock; token += kRows) {
-    __m512i totals[kRows][2];
+  constexpr std::int64_t kPart = 8;  // groups
+  for (std::int64_t part = 0; part < groups; part += kPart) {
+    const std::int64_t end = std::min(part + kPart, groups);
+    for (std::int64_t token = 0; token < kBlock; token += kRows) {
+      __m512i totals[kRows][2];
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
+      for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) {
-        totals[r][v] = start != nullptr ? _mm512_set1_epi32(start[token + r])
-                                        : _mm512_loadu_si512(sums + (token + r) * kOutputs + 16 * v);
-      }
-    for (std::int64_t g = 0; g < groups; ++g) {
-      const std::int8_t* const rows = x + token * stride + g * kGroup;
-      for (std::int64_t k = 0; k < kGroup; k += 4) {
-        const std::int8_t* const quads = tiles + g * kTile + k * 16;
-        const __m512i left = _mm512_load_si512(quads), right = _mm512_load_si512(quads + between);
+        for (int v = 0; v < 2; ++v) {
+          totals[r][v] = part == 0 && start != nullptr ? _mm512_set1_epi32(start[token + r])
+                                                       : _mm512_loadu_si512(sums + (token + r) * kOutputs + 16 * v);
+        }
+      const std::int8_t* const rows = x + token * stride;
+      for (std::int64_t k = part * kGroup; k < end * kGroup; k += 4) {
+        const __m512i left = _mm512_load_si512(tiles + k * 16), right = _mm512_load_si512(tiles + k * 16 + between);
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
           std::int32_t four;
@@ -122,11 +124,11 @@ WEMM_AVX512_VNNI void multiply_vnni(const std::int8_t* x, std::int64_t stride, c
           totals[r][1] = _mm512_dpbusd_epi32(totals[r][1], right, inputs);
         }
       }
-    }
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
+      for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) _mm512_storeu_si512(sums + (token + r) * kOutputs + 16 * v, totals[r][v]);
+        for (int v = 0; v < 2; ++v) _mm512_storeu_si512(sums + (token + r) * kOutputs + 16 * v, totals[r][v]);
+    }
   }
 }
 
