@@ -38,15 +38,16 @@ def _(
 ) -> torch.Tensor:
     if len(image_rows) == 0:
         return y
-    # Elsewhere addmm is torch's own product in 16 bit, which the op linear knows to avoid.
-    adds = HAS_PRODUCT.get(y.dtype, True)
     bounds = _bounds(image_rows)
-    if not adds or (len(bounds) - 1) * MIN_RUN > len(image_rows):
+    if (len(bounds) - 1) * MIN_RUN > len(image_rows):
         update = linear(linear(x[image_rows], plora_a).mul_(scaling), plora_b)
         return y.index_add_(0, image_rows, update)
     for rows in _slices(image_rows, bounds):
         low = linear(x[rows], plora_a).mul_(scaling)
-        y[rows].addmm_(low, plora_b.T)
+        if HAS_PRODUCT.get(y.dtype, True):
+            y[rows].addmm_(low, plora_b.T)
+        else:  # addmm would be torch's own product of 16 bit, which the op linear knows to avoid
+            y[rows] += linear(low, plora_b)
     return y
 
 

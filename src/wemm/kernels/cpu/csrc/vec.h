@@ -35,9 +35,15 @@ WEMM_INLINE Floats load(const float16* x) {
 #elif defined(WEMM_ISA_AVX2)
   return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
 #else
-  float values[kLanes];
-  for (int i = 0; i < kLanes; ++i) values[i] = to_float(x[i]);
-  return load(values);
+  // to_float in vectors
+  Halves halves;
+  std::memcpy(&halves, x, sizeof halves);
+  const Words wide = __builtin_convertvector(halves, Words);
+  const Words magnitude = (wide & 0x7FFF) << 13;
+  const Words normal = magnitude + (112u << 23), not_finite = magnitude + (224u << 23);
+  const Words subnormal = (Words)((Floats)(magnitude + (113u << 23)) - 6.103515625e-5f);
+  const Words finite = magnitude < (1u << 23) ? subnormal : normal;
+  return (Floats)((magnitude < (31u << 23) ? finite : not_finite) | (wide & 0x8000) << 16);
 #endif
 }
 
