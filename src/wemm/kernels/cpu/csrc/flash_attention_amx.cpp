@@ -10,7 +10,7 @@
 
 #include <atomic>
 #include <cmath>
-#include <limits>
+#include <utility>
 
 #define WEMM_AMX_VBMI                                                                                             \
   __attribute__((target("amx-tile,amx-int8,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,"    \
@@ -98,7 +98,7 @@ WEMM_AMX_VBMI void pack(const FlashShape& shape, const KeyValue* rows, std::int6
 
 // Of a block of queries. Rows of scores and weights are those of the 32 queries at work.
 struct Scratch {
-  float* scores;      // [32, kKeys]
+  float* scores;      // [2, 32, kKeys]: of these keys and of the next
   bfloat16* weights;  // [32, kKeys]
   bfloat16* query;    // [kQueryBlock, key_width]
   float* out;         // [kQueryBlock, value_width]
@@ -107,13 +107,13 @@ struct Scratch {
 };
 
 std::int64_t scratch_size(int head_dim) {
-  return 16 + kQueries * kKeys * 3 / 2 + kQueryBlock * (key_width(head_dim) / 2 + value_width(head_dim) + 16 + 1);
+  return 16 + kQueries * kKeys * 5 / 2 + kQueryBlock * (key_width(head_dim) / 2 + value_width(head_dim) + 16 + 1);
 }
 
 Scratch divide(float* memory, int head_dim) {
   Scratch s;
   s.scores = reinterpret_cast<float*>((reinterpret_cast<std::uintptr_t>(memory) + 63) / 64 * 64);
-  s.weights = reinterpret_cast<bfloat16*>(s.scores + kQueries * kKeys);
+  s.weights = reinterpret_cast<bfloat16*>(s.scores + 2 * kQueries * kKeys);
   s.query = s.weights + kQueries * kKeys;
   s.out = reinterpret_cast<float*>(s.query + kQueryBlock * key_width(head_dim));
   s.sums = s.out + kQueryBlock * value_width(head_dim);
@@ -141,6 +141,11 @@ const Correction kCorrection;
 WEMM_AMX_VBMI WEMM_INLINE __m512i exp2_of(__m512i fixed, __m512i correction) {
   const __m512i less = _mm512_maskz_permutexvar_epi8(0x5555555555555555, _mm512_srli_epi16(fixed, 2), correction);
   return _mm512_srli_epi16(_mm512_sub_epi16(fixed, less), 1);
+}
+
+// scale: in units.
+WEMM_AMX_VBMI WEMM_INLINE __m512i fixed_of(__m512 score, __m512 scale) {
+  return _mm512_cvtps_epi32(_mm512_fmadd_ps(score, scale, _mm512_set1_ps(kExponentBias * kUnits)));
 }
 
 // Tiles are read and written behind the compiler's back.
@@ -216,43 +221,46 @@ WEMM_AMX_VBMI __attribute__((noinline)) void raise(__m512 highest, float scale, 
                                                    float* out) {
   const float before = maximum;
   maximum = _mm512_reduce_max_ps(highest);
-  const __m512 factor = _mm512_set1_ps(std::exp2((before - maximum) * scale));
+  const __m512 factor = _mm512_set1_ps(before == -INFINITY ? 0.0f : std::exp2((before - maximum) * scale));
   _mm512_store_ps(sums, _mm512_mul_ps(_mm512_load_ps(sums), factor));
   for (int d = 0; d < width; d += 16) _mm512_store_ps(out + d, _mm512_mul_ps(_mm512_load_ps(out + d), factor));
 }
 
-// Scores of 32 queries become weights. visible: of each query, counted from the first of these keys.
-template <int Steps, bool kMasked>
-WEMM_AMX_VBMI void weigh(const Scratch& s, int first, const Query* queries, std::int64_t key, float scale, int width) {
-  constexpr int kVectors = 2 * Steps;
+// Scores of queries from..to of the 32 become weights, those of keys behind what a query sees 0.
+template <bool kMasked>
+WEMM_AMX_VBMI void weigh(const Scratch& s, const float* scores, int first, int from, int to, const Query* queries,
+                         std::int64_t key, float scale, int width) {
+  constexpr int kVectors = kKeys / 16;
   const __m512i correction = _mm512_load_si512(kCorrection.units);
   const __m512i ones = _mm512_set1_epi16(0x3F80);
   const __m512 units = _mm512_set1_ps(scale * kUnits);
   const float lazy = kLazy / scale;
-  for (int q = 0; q < kQueries; ++q) {
+  for (int q = from; q < to; ++q) {
     __m512 score[kVectors];
     for (int v = 0; v < kVectors; ++v) {
-      score[v] = _mm512_load_ps(s.scores + q * kKeys + 16 * v);
+      score[v] = _mm512_load_ps(scores + q * kKeys + 16 * v);
       if (kMasked) {
-        const std::int64_t visible = std::min<std::int64_t>(std::max<std::int64_t>(queries[q].visible - key - 16 * v, 0), 16);
-        score[v] = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), (1 << visible) - 1, score[v]);
+        const std::int64_t seen = queries[first + q].visible - key - 16 * v;
+        const __mmask16 mask = seen >= 16 ? 0xFFFF : seen <= 0 ? 0 : (1 << seen) - 1;
+        score[v] = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), mask, score[v]);
       }
     }
     __m512 highest = score[0];
     for (int v = 1; v < kVectors; ++v) highest = _mm512_max_ps(highest, score[v]);
     float& maximum = s.maximum[first + q];
-    const __m512 limit = _mm512_set1_ps(maximum == -INFINITY ? -INFINITY : maximum + lazy);
     float* sums = s.sums + (first + q) * 16;
+    // Without a maximum any score is too high; 0 * infinity, which a scale of 0 makes of it, would not be.
+    const __m512 limit = _mm512_set1_ps(maximum == -INFINITY ? -INFINITY : maximum + lazy);
     if (__builtin_expect(_mm512_cmp_ps_mask(highest, limit, _CMP_GT_OQ) != 0, 0)) {
       raise(highest, scale, width, maximum, sums, s.out + (first + q) * width);
     }
-    const __m512 offset = _mm512_set1_ps((kExponentBias - maximum * scale) * kUnits);
+    const __m512 highest_yet = _mm512_set1_ps(maximum);
     __m512 sum = _mm512_load_ps(sums);
-    for (int step = 0; step < Steps; ++step) {
-      const __m512i even = _mm512_cvtps_epi32(_mm512_fmadd_ps(score[2 * step], units, offset));
-      const __m512i odd = _mm512_cvtps_epi32(_mm512_fmadd_ps(score[2 * step + 1], units, offset));
+    for (int step = 0; step < kSteps; ++step) {
+      const __m512i left = fixed_of(_mm512_sub_ps(score[2 * step], highest_yet), units);
+      const __m512i right = fixed_of(_mm512_sub_ps(score[2 * step + 1], highest_yet), units);
       // What is below 2^-127, or no number, becomes 0 on the way.
-      const __m512i weights = exp2_of(_mm512_packus_epi32(even, odd), correction);
+      const __m512i weights = exp2_of(_mm512_packus_epi32(left, right), correction);
       sum = _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)ones);
       _mm512_store_si512(s.weights + q * kKeys + step * kStep, weights);
     }
@@ -260,22 +268,34 @@ WEMM_AMX_VBMI void weigh(const Scratch& s, int first, const Query* queries, std:
   }
 }
 
-template <int Steps>
-WEMM_AMX_VBMI void attend_keys(const Scratch& s, int first, const Query* queries, const bfloat16* keys,
-                               const bfloat16* values, std::int64_t key, bool masked, float scale, int head_dim) {
+// 32 queries from `first` on meet keys begin..end.
+WEMM_AMX_VBMI void attend_near(const Scratch& s, int first, const Query* queries, const bfloat16* keys,
+                               const bfloat16* values, std::int64_t begin, std::int64_t end, std::int64_t seen_by_all,
+                               float scale, int head_dim) {
   const int width = key_width(head_dim), out_width = value_width(head_dim);
+  const bfloat16* query = s.query + first * width;
+  float *now = s.scores, *next = s.scores + kQueries * kKeys;
   settle();
-  for (int step = 0; step < Steps; ++step) {
-    multiply_keys(s.query + first * width, keys + (key + step * kStep) * width, width, s.scores + step * kStep);
+  for (int step = 0; step < kSteps && begin + step * kStep < end; ++step) {
+    multiply_keys(query, keys + (begin + step * kStep) * width, width, now + step * kStep);
   }
-  settle();
-  if (masked) {
-    weigh<Steps, true>(s, first, queries + first, key, scale, out_width);
-  } else {
-    weigh<Steps, false>(s, first, queries + first, key, scale, out_width);
+  for (std::int64_t key = begin; key < end; key += kKeys, std::swap(now, next)) {
+    settle();
+    // Tiles multiply the next keys while vectors weigh these.
+    for (int step = 0; step < kSteps; ++step) {
+      const std::int64_t ahead = key + kKeys + step * kStep;
+      if (ahead < end) multiply_keys(query, keys + ahead * width, width, next + step * kStep);
+      constexpr int kRows = kQueries / kSteps;
+      if (key + kKeys > seen_by_all) {
+        weigh<true>(s, now, first, step * kRows, (step + 1) * kRows, queries, key, scale, out_width);
+      } else {
+        weigh<false>(s, now, first, step * kRows, (step + 1) * kRows, queries, key, scale, out_width);
+      }
+    }
+    settle();
+    const int steps = static_cast<int>(std::min<std::int64_t>(kSteps, (end - key + kStep - 1) / kStep));
+    add_values(s.weights, values + key * out_width, out_width, steps, s.out + first * out_width);
   }
-  settle();
-  add_values(s.weights, values + key * out_width, out_width, Steps, s.out + first * out_width);
   settle();
 }
 
@@ -304,14 +324,8 @@ WEMM_AMX_VBMI void attend(const FlashShape& shape, const bfloat16* packed, const
         seen_by_all = std::min(seen_by_all, queries[q].visible);
         seen_by_any = std::max(seen_by_any, queries[q].visible);
       }
-      const std::int64_t end = std::min(near + kNear, seen_by_any);
-      std::int64_t key = near;
-      for (; key + kKeys <= end; key += kKeys) {
-        attend_keys<kSteps>(s, first, queries, packed, values, key, key + kKeys > seen_by_all, log2_scale, head_dim);
-      }
-      for (; key < end; key += kStep) {
-        attend_keys<1>(s, first, queries, packed, values, key, key + kStep > seen_by_all, log2_scale, head_dim);
-      }
+      attend_near(s, first, queries, packed, values, near, std::min(near + kNear, seen_by_any), seen_by_all, log2_scale,
+                  head_dim);
     }
   }
 
