@@ -140,13 +140,13 @@ WEMM_AVX512_BF16 WEMM_INLINE void unweave(float* out) {
   _mm512_storeu_ps(out + 16, _mm512_permutex2var_ps(low, second, high));
 }
 
-// Where each position of a piece lies. Behind the end lies the last one again: it is multiplied by 0, and fetched ahead.
+// Where each position of a piece lies. Behind the end lies the last one again: it is multiplied by 0, or fetched only.
 void find_rows(const bfloat16* cache, const Heads& heads, const Piece<bfloat16>& piece,
                const bfloat16* (&rows)[kPiece + 2 * kAdded]) {
   for (std::int64_t i = 0; i < kPiece + 2 * kAdded; ++i) {
     const std::int64_t position = std::min(piece.first + i, piece.last - 1);
-    const std::int64_t slot = piece.blocks[position / heads.block_size] * heads.block_size + position % heads.block_size;
-    rows[i] = cache + slot * heads.num_kv_heads * heads.head_dim;
+    const std::int64_t block = piece.blocks[position / heads.block_size];
+    rows[i] = cache + (block * heads.block_size + position % heads.block_size) * heads.num_kv_heads * heads.head_dim;
   }
 }
 

@@ -24,7 +24,7 @@ constexpr int kQueries = 32;      // share the tiles
 constexpr int kStep = 32;         // keys, or elements, of a product of tiles
 constexpr int kSteps = 4;         // of keys, from scores to weights to values
 constexpr int kKeys = kSteps * kStep;
-constexpr int kNear = 512;   // keys that stay in the second-level cache while all queries meet them
+constexpr int kNear = 512;  // keys that stay in the second-level cache while all queries meet them
 constexpr int kTile = 512;  // bfloat16 elements
 
 // Rows are filled up with zeros: of queries and keys to whole steps, of values to whole tiles.
@@ -249,7 +249,7 @@ WEMM_AMX_VBMI void weigh(const Scratch& s, const float* scores, int first, int f
     for (int v = 1; v < kVectors; ++v) highest = _mm512_max_ps(highest, score[v]);
     float& maximum = s.maximum[first + q];
     float* sums = s.sums + (first + q) * 16;
-    // Without a maximum any score is too high; 0 * infinity, which a scale of 0 makes of it, would not be.
+    // Of a scale of 0, `lazy` is infinite: the first score must raise the maximum all the same.
     const __m512 limit = _mm512_set1_ps(maximum == -INFINITY ? -INFINITY : maximum + lazy);
     if (__builtin_expect(_mm512_cmp_ps_mask(highest, limit, _CMP_GT_OQ) != 0, 0)) {
       raise(highest, scale, width, maximum, sums, s.out + (first + q) * width);
