@@ -6,7 +6,7 @@ import torch
 
 from wemm.kernels.cpu import _kernels
 from wemm.kernels.cpu.tensors import as_argument
-from wemm.kernels.cpu.vision_attention import AUTOMATIC, takes
+from wemm.kernels.cpu.vision_attention import takes
 from wemm.ops.prefill_attention import prefill_attention
 
 
@@ -19,10 +19,10 @@ def _supports(
     seq_lens: torch.Tensor,
     scale: float,
 ) -> bool:
-    return takes(query) and takes(key_cache) and takes(value_cache)
+    return _kernels.has_avx512_bf16() and scale >= 0 and all(takes(x) for x in (query, key_cache, value_cache))
 
 
-@prefill_attention.impl("cpp", device="cpu", supports=_supports, automatic=AUTOMATIC)
+@prefill_attention.impl("cpp", device="cpu", supports=_supports)
 def _(
     query: torch.Tensor,
     key_cache: torch.Tensor,

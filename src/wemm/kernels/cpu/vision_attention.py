@@ -1,4 +1,4 @@
-"""Flash attention on AVX-512 with BF16: scores never leave the registers."""
+"""Flash attention on matrix tiles, or on AVX-512 with BF16."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from wemm.kernels.cpu.tensors import as_argument
 from wemm.ops.vision_attention import vision_attention
 
 MAX_HEAD_DIM = 256
-AUTOMATIC = _kernels.isa() < 3
-"""On matrix tiles torch's attention is faster: docs/performance.md."""
 
 
 def _supports(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
 ) -> bool:
-    return takes(query) and takes(key) and takes(value)
+    return _kernels.has_avx512_bf16() and scale >= 0 and all(takes(x) for x in (query, key, value))
 
 
 def takes(x: torch.Tensor) -> bool:
@@ -25,7 +23,7 @@ def takes(x: torch.Tensor) -> bool:
     return x.dtype is torch.bfloat16 and x.is_contiguous() and head_dim % 2 == 0 and head_dim <= MAX_HEAD_DIM
 
 
-@vision_attention.impl("cpp", device="cpu", supports=_supports, automatic=AUTOMATIC)
+@vision_attention.impl("cpp", device="cpu", supports=_supports)
 def _(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
 ) -> torch.Tensor:

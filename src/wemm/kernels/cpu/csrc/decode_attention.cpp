@@ -7,15 +7,31 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
+#include <type_traits>
 #include <vector>
 
 namespace wemm {
 
-constexpr std::int64_t kPiece = 64;  // keys
-constexpr int kTogether = 4;         // query heads that share a pass over a key
+constexpr std::int64_t kPiece = 128;  // keys
+constexpr int kTogether = 4;          // query heads that share a pass over a key
 
 struct Heads {
   std::int64_t num_kv_heads, group, head_dim, block_size;
+  float scale;
+};
+
+// Keys first..last of a sequence, and what becomes of them. out is not divided by the sums.
+template <typename T>
+struct Piece {
+  const T* query;     // [num_heads, head_dim]
+  const float* wide;  // the same, scaled
+  const std::int64_t* blocks;
+  std::int64_t first, last;
+  float* scores;  // [num_heads, kPiece]
+  float* out;     // [num_heads, head_dim]
+  float* maxima;  // [num_heads]
+  float* sums;    // [num_heads]
 };
 
 }  // namespace wemm
@@ -31,12 +47,161 @@ struct Job {
   std::int64_t seq, first, last;
 };
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#define WEMM_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")))
+
+constexpr int kScored = 4;  // keys that are multiplied together
+constexpr int kAdded = 8;   // values
+
+// The sum of each of 16 vectors.
+WEMM_AVX512_BF16 WEMM_INLINE __m512 sums_of(const __m512 (&x)[16]) {
+  __m512 fours[4];
+  for (int i = 0; i < 4; ++i) {
+    const __m512* v = x + 4 * i;
+    const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+    const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+    const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
+    fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
+  }
+  const __m512 a = _mm512_add_ps(_mm512_shuffle_f32x4(fours[0], fours[1], 0x88),
+                                 _mm512_shuffle_f32x4(fours[0], fours[1], 0xDD));
+  const __m512 b = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2], fours[3], 0x88),
+                                 _mm512_shuffle_f32x4(fours[2], fours[3], 0xDD));
+  return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+}
+
+// Scores of four keys, for four query heads; query: [4, head_dim], `at`: where in a row the KV head lies.
+WEMM_AVX512_BF16 WEMM_INLINE void score_keys(const bfloat16* const* rows, std::int64_t at, const bfloat16* query,
+                                             const Heads& heads, float* scores) {
+  __m512 totals[kTogether * kScored];
+#pragma GCC unroll 16
+  for (__m512& total : totals) total = _mm512_setzero_ps();
+  for (std::int64_t d = 0; d < heads.head_dim; d += 32) {
+    __m512i key[kScored];
+#pragma GCC unroll 4
+    for (int i = 0; i < kScored; ++i) {
+      key[i] = _mm512_loadu_si512(rows[i] + at + d);
+      __builtin_prefetch(rows[kScored + i] + at + d);
+    }
+#pragma GCC unroll 4
+    for (int h = 0; h < kTogether; ++h) {
+      const __m512i q = _mm512_loadu_si512(query + h * heads.head_dim + d);
+#pragma GCC unroll 4
+      for (int i = 0; i < kScored; ++i) {
+        __m512& total = totals[h * kScored + i];
+        total = _mm512_dpbf16_ps(total, (__m512bh)q, (__m512bh)key[i]);
+      }
+    }
+  }
+  alignas(64) float all[kTogether * kScored];
+  _mm512_store_ps(all, _mm512_mul_ps(sums_of(totals), _mm512_set1_ps(heads.scale)));
+  for (int h = 0; h < kTogether; ++h) std::memcpy(scores + h * kPiece, all + h * kScored, sizeof(float) * kScored);
+}
+
+// out[4, head_dim] += weights times eight values. Pairs of values are woven into each other, which leaves the elements
+// of 32 in the order that `unweave` undoes.
+WEMM_AVX512_BF16 WEMM_INLINE void add_weighted(const bfloat16* const* rows, std::int64_t at, const float* weights,
+                                               const Heads& heads, float* out) {
+  for (std::int64_t d = 0; d < heads.head_dim; d += 32) {
+    __m512 low[kTogether], high[kTogether];
+#pragma GCC unroll 4
+    for (int h = 0; h < kTogether; ++h) {
+      low[h] = _mm512_loadu_ps(out + h * heads.head_dim + d);
+      high[h] = _mm512_loadu_ps(out + h * heads.head_dim + d + 16);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kAdded; i += 2) {
+      const __m512i even = _mm512_loadu_si512(rows[i] + at + d), odd = _mm512_loadu_si512(rows[i + 1] + at + d);
+      __builtin_prefetch(rows[kAdded + i] + at + d);
+      __builtin_prefetch(rows[kAdded + i + 1] + at + d);
+      const __m512i first = _mm512_unpacklo_epi16(even, odd), second = _mm512_unpackhi_epi16(even, odd);
+#pragma GCC unroll 4
+      for (int h = 0; h < kTogether; ++h) {
+        std::int32_t pair;
+        std::memcpy(&pair, reinterpret_cast<const bfloat16*>(weights + h * kPiece) + i, sizeof pair);
+        const __m512i weight = _mm512_set1_epi32(pair);
+        low[h] = _mm512_dpbf16_ps(low[h], (__m512bh)first, (__m512bh)weight);
+        high[h] = _mm512_dpbf16_ps(high[h], (__m512bh)second, (__m512bh)weight);
+      }
+    }
+#pragma GCC unroll 4
+    for (int h = 0; h < kTogether; ++h) {
+      _mm512_storeu_ps(out + h * heads.head_dim + d, low[h]);
+      _mm512_storeu_ps(out + h * heads.head_dim + d + 16, high[h]);
+    }
+  }
+}
+
+WEMM_AVX512_BF16 WEMM_INLINE void unweave(float* out) {
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  const __m512 low = _mm512_loadu_ps(out), high = _mm512_loadu_ps(out + 16);
+  _mm512_storeu_ps(out, _mm512_permutex2var_ps(low, first, high));
+  _mm512_storeu_ps(out + 16, _mm512_permutex2var_ps(low, second, high));
+}
+
+// Where each position of a piece lies. Behind the end lies the last one again: it is multiplied by 0, or fetched only.
+void find_rows(const bfloat16* cache, const Heads& heads, const Piece<bfloat16>& piece,
+               const bfloat16* (&rows)[kPiece + 2 * kAdded]) {
+  for (std::int64_t i = 0; i < kPiece + 2 * kAdded; ++i) {
+    const std::int64_t position = std::min(piece.first + i, piece.last - 1);
+    const std::int64_t block = piece.blocks[position / heads.block_size];
+    rows[i] = cache + (block * heads.block_size + position % heads.block_size) * heads.num_kv_heads * heads.head_dim;
+  }
+}
+
+// Groups of whole fours and steps of 32 elements.
+WEMM_AVX512_BF16 void attend_piece_bf16(const bfloat16* key_cache, const bfloat16* value_cache, const Heads& heads,
+                                        const Piece<bfloat16>& piece) {
+  const std::int64_t num_heads = heads.num_kv_heads * heads.group, count = piece.last - piece.first;
+  const std::int64_t padded = (count + kAdded - 1) / kAdded * kAdded;
+  const bfloat16* rows[kPiece + 2 * kAdded];
+  find_rows(key_cache, heads, piece, rows);
+  for (std::int64_t i = 0; i < padded; i += kScored) {
+    for (std::int64_t h = 0; h < num_heads; h += kTogether) {
+      score_keys(rows + i, h / heads.group * heads.head_dim, piece.query + h * heads.head_dim, heads,
+                 piece.scores + h * kPiece + i);
+    }
+  }
+  for (std::int64_t h = 0; h < num_heads; ++h) {
+    float* scores = piece.scores + h * kPiece;
+    avx512::soften(scores, count, piece.maxima[h], piece.sums[h]);
+    std::fill(scores + count, scores + padded, 0.0f);
+    for (std::int64_t i = 0; i < padded; i += kAdded) {  // in place
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(reinterpret_cast<bfloat16*>(scores) + i),
+                       (__m128i)_mm256_cvtneps_pbh(_mm256_loadu_ps(scores + i)));
+    }
+  }
+  std::fill(piece.out, piece.out + num_heads * heads.head_dim, 0.0f);
+  find_rows(value_cache, heads, piece, rows);
+  for (std::int64_t i = 0; i < padded; i += kAdded) {
+    for (std::int64_t h = 0; h < num_heads; h += kTogether) {
+      const auto* weights = reinterpret_cast<const bfloat16*>(piece.scores + h * kPiece) + i;
+      add_weighted(rows + i, h / heads.group * heads.head_dim, reinterpret_cast<const float*>(weights), heads,
+                   piece.out + h * heads.head_dim);
+    }
+  }
+  for (std::int64_t d = 0; d < num_heads * heads.head_dim; d += 32) unweave(piece.out + d);
+}
+#endif
+
+template <typename T>
+auto attend_of(const Heads& heads) {
+#ifdef WEMM_AVX512_BF16
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    if (has_avx512_bf16() && heads.group % kTogether == 0 && heads.head_dim % 32 == 0) return &attend_piece_bf16;
+  }
+#endif
+  (void)heads;
+  return WEMM_BEST(attend_piece<T>);
+}
+
 template <typename T>
 void decode(const Tensor& query, const Tensor& key, const Tensor& value,
             const std::vector<std::vector<std::int64_t>>& tables, const std::vector<std::int64_t>& seq_lens, float scale,
             const Tensor& out) {
   const std::int64_t num_heads = query.shape[1], head_dim = query.shape[2], num_kv_heads = key.shape[2];
-  const Heads heads{num_kv_heads, num_heads / num_kv_heads, head_dim, key.shape[1]};
+  const Heads heads{num_kv_heads, num_heads / num_kv_heads, head_dim, key.shape[1], scale};
   const std::int64_t width = num_heads * head_dim;
   std::vector<Job> jobs;
   std::vector<std::int64_t> first_job;  // per sequence
@@ -48,10 +213,11 @@ void decode(const Tensor& query, const Tensor& key, const Tensor& value,
   }
   first_job.push_back(static_cast<std::int64_t>(jobs.size()));
   const std::int64_t num_jobs = first_job.back(), num_rows = static_cast<std::int64_t>(tables.size()) * num_heads;
-  std::vector<float> wide(num_rows * head_dim), pieces(num_jobs * width);
+  std::vector<float> wide(num_rows * head_dim);
+  const std::unique_ptr<float[]> pieces(new float[num_jobs * width]);  // not zeroed: megabytes
   std::vector<float> maxima(num_jobs * num_heads), sums(num_jobs * num_heads);
   for (std::size_t i = 0; i < wide.size(); ++i) wide[i] = to_float(query.data<T>()[i]) * scale;
-  const auto attend = WEMM_BEST(attend_piece<T>);
+  const auto attend = attend_of<T>(heads);
   const auto join = WEMM_BEST(join_pieces<T>);
 
 #pragma omp parallel
@@ -60,13 +226,15 @@ void decode(const Tensor& query, const Tensor& key, const Tensor& value,
 #pragma omp for schedule(dynamic)
     for (std::int64_t j = 0; j < num_jobs; ++j) {
       const Job& job = jobs[j];
-      attend(key.data<T>(), value.data<T>(), tables[job.seq].data(), heads, job.first, job.last,
-             wide.data() + job.seq * width, scores.data(), pieces.data() + j * width, maxima.data() + j * num_heads, sums.data() + j * num_heads);
+      attend(key.data<T>(), value.data<T>(), heads,
+             {query.data<T>() + job.seq * width, wide.data() + job.seq * width, tables[job.seq].data(), job.first,
+              job.last, scores.data(), pieces.get() + j * width, maxima.data() + j * num_heads,
+              sums.data() + j * num_heads});
     }
 #pragma omp for schedule(static)
     for (std::int64_t row = 0; row < num_rows; ++row) {
       const std::int64_t seq = row / num_heads, head = row % num_heads, first = first_job[seq];
-      join(pieces.data() + first * width + head * head_dim, maxima.data() + first * num_heads + head,
+      join(pieces.get() + first * width + head * head_dim, maxima.data() + first * num_heads + head,
            sums.data() + first * num_heads + head, first_job[seq + 1] - first, width, num_heads, head_dim,
            out.data<T>() + row * head_dim);
     }
@@ -163,12 +331,14 @@ WEMM_INLINE void each_head(std::int64_t group, Four visit4, One visit1) {
   for (; h < group; ++h) visit1(h);
 }
 
-// One piece, all heads. query, out: float32 [num_heads, head_dim]; out is not divided by the sums.
+// One piece, all heads.
 template <typename T>
-void attend_piece(const T* key_cache, const T* value_cache, const std::int64_t* blocks, const Heads& heads,
-                  std::int64_t first, std::int64_t last, const float* query, float* scores, float* out, float* maxima,
-                  float* sums) {
+void attend_piece(const T* key_cache, const T* value_cache, const Heads& heads, const Piece<T>& piece) {
   const std::int64_t num_kv_heads = heads.num_kv_heads, group = heads.group, head_dim = heads.head_dim;
+  const std::int64_t first = piece.first, last = piece.last;
+  const std::int64_t* blocks = piece.blocks;
+  const float* query = piece.wide;
+  float *scores = piece.scores, *out = piece.out;
   each_row(key_cache, blocks, heads, first, last, [&](std::int64_t i, const T* keys) __attribute__((always_inline)) {
     for (std::int64_t kv = 0; kv < num_kv_heads; ++kv) {
       const T* key = keys + kv * head_dim;
@@ -182,7 +352,9 @@ void attend_piece(const T* key_cache, const T* value_cache, const std::int64_t* 
           });
     }
   });
-  for (std::int64_t h = 0; h < num_kv_heads * group; ++h) soften(scores + h * kPiece, last - first, maxima[h], sums[h]);
+  for (std::int64_t h = 0; h < num_kv_heads * group; ++h) {
+    soften(scores + h * kPiece, last - first, piece.maxima[h], piece.sums[h]);
+  }
   for (std::int64_t i = 0; i < num_kv_heads * group * head_dim; ++i) out[i] = 0.0f;
   each_row(value_cache, blocks, heads, first, last,
            [&](std::int64_t i, const T* values) __attribute__((always_inline)) {

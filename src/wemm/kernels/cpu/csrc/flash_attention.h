@@ -1,28 +1,30 @@
-// Softmax attention of one head, 64 queries at a time, on AVX-512 with BF16.
+// Softmax attention of one head, as each instruction family does it, and of a whole sequence, which all share.
 //
-// Queries lie across the vector lanes, keys and values are broadcast: maxima and sums are per lane, a
-// head_dim of 72 wastes nothing, and keys are used in the order they lie. Scores never leave the registers in
-// float32: they become bfloat16 weights at once. The running maximum is raised only where a score exceeds it by
-// far, which bfloat16's range allows; what was summed up is then scaled to the new one.
+// Common to the families: keys and values of a head are packed once, a block of queries meets all of them, and the
+// running maximum is raised only where a score exceeds it by far, which bfloat16's range allows; what was summed up is
+// then scaled to the new one.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <vector>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 
 #include "types.h"
 
 namespace wemm {
 
-constexpr int kQueryBlock = 64;
 constexpr int kMaxHeadDim = 256;
+constexpr float kLazy = 8.0f;  // log2: how far a score may exceed the running maximum
 
-// Keys and values of one head, packed by `pack`.
-struct PackedHead {
-  const bfloat16* keys;      // [num_keys, head_dim]
-  const bfloat16* values_t;  // [head_dim, padded], zeros behind num_keys
-  std::int64_t num_keys;
-  std::int64_t padded;  // even
-  int head_dim;         // even
+// One position.
+struct KeyValue {
+  const bfloat16* key;
+  const bfloat16* value;
 };
 
 // One query: where it lies, how many keys it sees (at least one, from the first on), where its result goes.
@@ -32,17 +34,78 @@ struct Query {
   std::int64_t visible;
 };
 
-// Room for the working set of one thread.
-std::vector<float> flash_scratch(int head_dim);
+// All keys of one head. head_dim is even.
+struct FlashShape {
+  std::int64_t num_keys;
+  int head_dim;
+};
 
-// At most 64 queries.
-void flash_attention(const PackedHead& head, const Query* queries, int num_queries, float scale, float* scratch);
+struct FlashFamily {
+  int query_block;  // queries that `attend` takes at most
+  int key_block;    // positions that `pack` takes at once; fewer only at the end
+  // bfloat16 elements of the packed keys and values.
+  std::int64_t (*packed_size)(const FlashShape&);
+  // Positions first..first + count. One whose key is not finite gets a result that is not finite either.
+  void (*pack)(const FlashShape&, const KeyValue* rows, std::int64_t first, int count, bfloat16* packed);
+  // floats that `attend` works in.
+  std::int64_t (*scratch_size)(int head_dim);
+  // scale: not negative.
+  void (*attend)(const FlashShape&, const bfloat16* packed, const Query* queries, int num_queries, float scale,
+                 float* scratch);
+};
 
-// Copies one key row, and one value row into the transposed array.
-inline void pack_row(const bfloat16* key, const bfloat16* value, std::int64_t position, std::int64_t padded,
-                     int head_dim, bfloat16* keys, bfloat16* values_t) {
-  std::memcpy(keys + position * head_dim, key, sizeof(bfloat16) * head_dim);
-  for (int d = 0; d < head_dim; ++d) values_t[d * padded + position] = value[d];
+extern const FlashFamily kFlashAvx512;  // flash_attention_avx512.cpp, needs BF16
+extern const FlashFamily kFlashAmx;     // flash_attention_amx.cpp, needs VBMI
+
+// The best that may run. Raises std::invalid_argument where none may.
+const FlashFamily& flash_family();
+
+inline int num_threads() {
+#if defined(_OPENMP)
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+inline std::int64_t blocks_of(std::int64_t count, std::int64_t block) { return (count + block - 1) / block; }
+
+// Every head of one sequence, each with `num_queries` queries. position(h, i) → KeyValue, query(h, i) → Query.
+template <typename Position, typename QueryAt>
+void flash_attention(const FlashShape& shape, std::int64_t num_heads, std::int64_t num_queries, float scale,
+                     Position position, QueryAt query) {
+  if (num_heads == 0 || num_queries == 0) return;
+  const FlashFamily& family = flash_family();
+  const std::int64_t size = family.packed_size(shape);
+  const std::int64_t packs = blocks_of(shape.num_keys, family.key_block);
+  const std::int64_t jobs = blocks_of(num_queries, family.query_block);
+  // As few heads at a time as keep all threads busy: what is packed stays small, and in the cache.
+  const std::int64_t together = std::min(num_heads, blocks_of(std::int64_t{8} * num_threads(), jobs));
+  const std::unique_ptr<bfloat16[]> packed(new bfloat16[together * size]);
+#pragma omp parallel
+  {
+    std::vector<float> scratch(family.scratch_size(shape.head_dim));
+    std::vector<KeyValue> rows(family.key_block);
+    std::vector<Query> queries(family.query_block);
+    for (std::int64_t head = 0; head < num_heads; head += together) {
+      const std::int64_t heads = std::min(together, num_heads - head);
+#pragma omp for schedule(static)
+      for (std::int64_t job = 0; job < heads * packs; ++job) {
+        const std::int64_t h = job / packs, first = job % packs * family.key_block;
+        const int count = static_cast<int>(std::min<std::int64_t>(family.key_block, shape.num_keys - first));
+        for (int i = 0; i < count; ++i) rows[i] = position(head + h, first + i);
+        family.pack(shape, rows.data(), first, count, packed.get() + h * size);
+      }
+      // Last queries first: where they are causal, those see most keys.
+#pragma omp for schedule(dynamic)
+      for (std::int64_t job = heads * jobs - 1; job >= 0; --job) {
+        const std::int64_t h = job % heads, first = job / heads * family.query_block;
+        const int count = static_cast<int>(std::min<std::int64_t>(family.query_block, num_queries - first));
+        for (int i = 0; i < count; ++i) queries[i] = query(head + h, first + i);
+        family.attend(shape, packed.get() + h * size, queries.data(), count, scale, scratch.data());
+      }
+    }
+  }
 }
 
 }  // namespace wemm
