@@ -1,4 +1,4 @@
-"""The C++ extension is there wherever it can be built: without it the tests of kernels would have nothing to run."""
+"""The C++ extension is there wherever it can be built: without it kernel tests would have nothing to run."""
 
 from __future__ import annotations
 
