@@ -13,6 +13,7 @@ from wemm.engine.model_input import ModelInput
 from wemm.engine.scheduler import VisionSlice
 from wemm.engine.vision_encode import image_batch
 from wemm.errors import NumericalError
+from wemm.kernels import release_memory
 from wemm.model.batch import Batch, ImageBatch
 from wemm.model.wemm import WemmModel
 from wemm.platforms import Platform
@@ -128,8 +129,9 @@ class ModelRunner:
             self._visual_embeds.pop(sha256, None)
 
     def close(self) -> None:
-        """Give the CPUs back."""
+        """Give CPUs and memory back."""
         self._platform.release()
+        release_memory(self.device.type)
 
     def _batch(self, m: ModelInput) -> Batch:
         visual = [self._visual_embeds[s.sha256][s.start : s.stop] for s in m.visual_slices]

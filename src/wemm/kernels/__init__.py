@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 
 from wemm.errors import ParameterError
 
@@ -20,3 +21,10 @@ def load_kernels(device_type: str) -> None:
     package = f"{__name__}.{device_type}"
     if choice == "auto" and importlib.util.find_spec(package) is not None:
         importlib.import_module(package)
+
+
+def release_memory(device_type: str) -> None:
+    """Give back what kernels hold for their next results."""
+    package = sys.modules.get(f"{__name__}.{device_type}")
+    if package is not None:
+        package.release_memory()

@@ -96,8 +96,8 @@ class DecoderLayer(nn.Module):
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: Batch, kv_cache: torch.Tensor
     ) -> torch.Tensor:
         """[num_tokens, hidden_size] → same."""
-        x = x + self.attention(self.attention_norm(x), cos, sin, batch, kv_cache)
-        return x + self.feed_forward(self.ffn_norm(x), batch.image_rows)
+        x = self.attention(self.attention_norm(x), cos, sin, batch, kv_cache).add_(x)
+        return self.feed_forward(self.ffn_norm(x), batch.image_rows).add_(x)
 
 
 class InternLM2(nn.Module):

@@ -89,8 +89,8 @@ class VisionLayer(nn.Module):
 
     def forward(self, x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """[num_patches, hidden_size] → same."""
-        x = x + self.self_attn(self.layer_norm1(x), cu_seqlens)
-        return x + self.mlp(self.layer_norm2(x))
+        x = self.self_attn(self.layer_norm1(x), cu_seqlens).add_(x)
+        return self.mlp(self.layer_norm2(x)).add_(x)
 
 
 class VisionEncoder(nn.Module):

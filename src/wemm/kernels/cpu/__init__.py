@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 
+from wemm.kernels.cpu.result_memory import release as release_memory  # noqa: F401 - called by wemm.kernels
+
 if importlib.util.find_spec("wemm.kernels.cpu._kernels") is not None:
     from wemm.kernels.cpu import (  # noqa: F401 - each module attaches itself
         _kernels,

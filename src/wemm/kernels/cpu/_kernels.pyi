@@ -17,6 +17,7 @@ def rope_and_store_kv(
 def linear(
     x: TensorArgument, weight: TensorArgument, bias: TensorArgument | None, out: TensorArgument
 ) -> None: ...
+def add_bias_gelu(x: TensorArgument, bias: TensorArgument) -> None: ...
 def linear_int8(
     x: TensorArgument,
     weight: TensorArgument,

@@ -9,7 +9,8 @@ from functools import partial
 import torch
 
 from wemm.kernels.cpu import _kernels
-from wemm.kernels.cpu.tensors import as_argument
+from wemm.kernels.cpu.result_memory import empty
+from wemm.kernels.cpu.tensors import DTYPE_CODES, as_argument
 from wemm.ops.linear import linear
 
 _ONEDNN = torch.backends.mkldnn.is_available()
@@ -38,17 +39,27 @@ def _supports(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None =
 
 @linear.impl("cpp", device="cpu", supports=_supports)
 def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
+    out = empty((x.shape[0], weight.shape[0]), x.dtype)
     offset = None if bias is None else as_argument(bias)
     _kernels.linear(as_argument(x), as_argument(weight), offset, as_argument(out))
     return out
+
+
+def _multiplies(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
+    return HAS_PRODUCT.get(x.dtype, True) and x.dtype in DTYPE_CODES and _takes(x, weight, bias)
+
+
+@linear.impl("reused_memory", device="cpu", supports=_multiplies)
+def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    out = empty((x.shape[0], weight.shape[0]), x.dtype)
+    return torch.mm(x, weight.T, out=out) if bias is None else torch.addmm(bias, x, weight.T, out=out)
 
 
 def _widened(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     (tokens, width), outputs = x.shape, weight.shape[0]
     rows = min(outputs, max(1, PIECE // max(1, width)))
     wide, wide_weight, wide_out = x.float(), torch.empty(rows, width), torch.empty(tokens * rows)
-    out = torch.empty(tokens, outputs, dtype=x.dtype)
+    out = empty((tokens, outputs), x.dtype)
     for first in range(0, outputs, rows):
         piece = slice(first, min(first + rows, outputs))
         count = piece.stop - first

@@ -1,33 +1,24 @@
-"""oneDNN applies the activation to its sums: the wide result is written once, not read and written again."""
+"""The product without its bias, into memory that is at hand; bias and activation in one pass over it.
+
+oneDNN can apply them to its sums, but only into fresh memory, which costs more than the pass.
+"""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
-from wemm.kernels.cpu.linear import HAS_PRODUCT
+from wemm.kernels.cpu import _kernels
+from wemm.kernels.cpu.tensors import DTYPE_CODES, as_argument
 from wemm.ops.linear import linear
 from wemm.ops.linear_gelu import linear_gelu
 
 
 def _supports(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> bool:
-    return x.dtype is torch.bfloat16 and x.dim() == 2 and len(x) > 0
+    return x.dtype in DTYPE_CODES and bias.dtype == x.dtype and x.dim() == 2 and bias.is_contiguous()
 
 
-if HAS_PRODUCT[torch.bfloat16] and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-
-    @linear_gelu.impl("onednn", device="cpu", supports=_supports)
-    def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
-        return result
-
-
-def _has_no_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> bool:
-    return not HAS_PRODUCT.get(x.dtype, True)
-
-
-if not all(HAS_PRODUCT.values()):
-
-    @linear_gelu.impl("after_linear", device="cpu", supports=_has_no_product)
-    def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return F.gelu(linear(x, weight, bias), approximate="tanh")
+@linear_gelu.impl("cpp", device="cpu", supports=_supports)
+def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    y = linear(x, weight)
+    _kernels.add_bias_gelu(as_argument(y), as_argument(bias))
+    return y

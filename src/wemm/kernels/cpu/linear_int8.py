@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from wemm.kernels.cpu import _kernels
+from wemm.kernels.cpu.result_memory import empty
 from wemm.kernels.cpu.tensors import DTYPE_CODES, as_argument
 from wemm.ops.linear_int8 import linear_int8
 
@@ -24,7 +25,7 @@ def takes(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torc
 def _(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
+    out = empty((x.shape[0], weight.shape[0]), x.dtype)
     offset = None if bias is None else as_argument(bias)
     _kernels.linear_int8(as_argument(x), as_argument(weight), as_argument(scale), offset, as_argument(out))
     return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from wemm.kernels.cpu import _kernels
+from wemm.kernels.cpu.result_memory import empty
 from wemm.kernels.cpu.tensors import as_argument
 from wemm.kernels.cpu.vision_attention import takes
 from wemm.ops.prefill_attention import prefill_attention
@@ -32,7 +33,7 @@ def _(
     seq_lens: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    out = torch.empty_like(query)
+    out = empty(query.shape, query.dtype)
     q, keys, values = as_argument(query), as_argument(key_cache), as_argument(value_cache)
     tables, bounds, lengths = block_tables.tolist(), cu_seqlens_q.tolist(), seq_lens.tolist()
     _kernels.prefill_attention(q, keys, values, tables, bounds, lengths, scale, as_argument(out))

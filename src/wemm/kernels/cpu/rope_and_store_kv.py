@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from wemm.kernels.cpu import _kernels
+from wemm.kernels.cpu.result_memory import empty
 from wemm.kernels.cpu.tensors import DTYPE_CODES, as_argument
 from wemm.ops.rope_and_store_kv import rope_and_store_kv
 
@@ -32,7 +33,7 @@ def _(
     slot_mapping: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     num_tokens, num_kv_heads, packed, head_dim = qkv.shape
-    query = torch.empty(num_tokens, num_kv_heads * (packed - 2), head_dim, dtype=qkv.dtype)
+    query = empty((num_tokens, num_kv_heads * (packed - 2), head_dim), qkv.dtype)
     given = as_argument(qkv), as_argument(cos), as_argument(sin), as_argument(key_cache), as_argument(value_cache)
     _kernels.rope_and_store_kv(*given, slot_mapping.tolist(), as_argument(query))
     return query, key_cache, value_cache

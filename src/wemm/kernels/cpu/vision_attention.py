@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from wemm.kernels.cpu import _kernels
+from wemm.kernels.cpu.result_memory import empty
 from wemm.kernels.cpu.tensors import as_argument
 from wemm.ops.vision_attention import vision_attention
 
@@ -27,7 +28,7 @@ def takes(x: torch.Tensor) -> bool:
 def _(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    out = torch.empty_like(query)
+    out = empty(query.shape, query.dtype)
     q, k, v = as_argument(query), as_argument(key), as_argument(value)
     _kernels.vision_attention(q, k, v, cu_seqlens.tolist(), scale, as_argument(out))
     return out

@@ -26,6 +26,9 @@ constexpr std::int64_t kMaxGemvTokens = 4;
 void linear(const TensorArgument& x, const TensorArgument& weight, const std::optional<TensorArgument>& bias,
             const TensorArgument& out);
 
+// In place.
+void add_bias_gelu(const TensorArgument& x, const TensorArgument& bias);
+
 // Without AVX-512 VNNI at most 8 tokens.
 void linear_int8(const TensorArgument& x, const TensorArgument& weight, const TensorArgument& scale,
                  const std::optional<TensorArgument>& bias, const TensorArgument& out);

@@ -21,6 +21,8 @@ NB_MODULE(_kernels, m) {
         nb::call_guard<nb::gil_scoped_release>());
   m.def("linear", &wemm::linear, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("out"),
         nb::call_guard<nb::gil_scoped_release>());
+  m.def("add_bias_gelu", &wemm::add_bias_gelu, nb::arg("x"), nb::arg("bias"),
+        nb::call_guard<nb::gil_scoped_release>());
   m.def("linear_int8", &wemm::linear_int8, nb::arg("x"), nb::arg("weight"), nb::arg("scale"), nb::arg("bias").none(),
         nb::arg("out"), nb::call_guard<nb::gil_scoped_release>());
   m.def("linear_int8_gelu", &wemm::linear_int8_gelu, nb::arg("x"), nb::arg("weight"), nb::arg("scale"),

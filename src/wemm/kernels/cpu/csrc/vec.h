@@ -124,3 +124,8 @@ WEMM_INLINE Float exp_approx(Float x) {
 WEMM_INLINE float exp_approx(float x) { return exp_approx<float, std::uint32_t>(x); }
 
 WEMM_INLINE Floats exp_approx(const Floats& x) { return exp_approx<Floats, Words>(x); }
+
+// The tanh form: x / (1 + e^-2u), u = sqrt(2 / pi) * (x + 0.044715 x^3). NaN stays NaN.
+WEMM_INLINE Floats gelu(const Floats& x) {
+  return x / (1.0f + exp_approx(x * (-1.59576912f - 0.0713548163f * x * x)));
+}
