@@ -278,6 +278,9 @@ class EngineConfig:
         "Tokens guessed at most per step from what the prompt and the answer repeat; answers stay the same. "
         "0: none.",
     )
+    enforce_eager: bool = option(
+        False, "Run every decode step op by op; otherwise steps of few sequences are recorded once and replayed."
+    )
     load_format: str = option("auto", "auto: read the weights; dummy: build the architecture with random weights.")
     seed: int = option(0, "Seed of requests that bring none of their own.")
     plora: bool = option(True, "Apply PLoRA to image tokens. Turning it off changes answers.")

@@ -48,6 +48,7 @@ def run_engine(
         enable_prefix_caching=False,
         image_cache_memory=0,
         num_speculative_tokens=0,
+        enforce_eager=True,  # a replayed step passes no module that could be watched
         max_num_seqs=min(config.max_num_seqs, len(CANARIES)),
     )
     try:

@@ -29,7 +29,7 @@ from wemm.engine.model_runner import ModelRunner, Runner
 from wemm.engine.scheduler import Limits
 from wemm.engine.worker import Followers, Group, LeaderRunner, follow, leave_group, torchrun_rank
 from wemm.errors import CheckpointError, ParameterError
-from wemm.kernels import load_kernels
+from wemm.kernels import load_kernels, recorder
 from wemm.model.wemm import WemmModel
 from wemm.platforms import Platform, resolve_platform
 from wemm.processing.image_processor import ImageProcessor
@@ -195,7 +195,8 @@ def _runner(
 ) -> ModelRunner:
     kv_dtype = dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     dtypes = getattr(torch, dtype), getattr(torch, kv_dtype)
-    return ModelRunner(model, source.config, platform, *dtypes, num_blocks, config.block_size)
+    record = None if config.enforce_eager or config.tensor_parallel_size > 1 else recorder(platform.device.type)
+    return ModelRunner(model, source.config, platform, *dtypes, num_blocks, config.block_size, record)
 
 
 def check(config: EngineConfig, source: Source, tokenizer: Tokenizer) -> None:

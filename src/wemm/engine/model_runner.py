@@ -9,11 +9,12 @@ import numpy as np
 import torch
 
 from wemm.config import ModelConfig
+from wemm.engine.decode_graphs import DecodeGraphs
 from wemm.engine.model_input import ModelInput
 from wemm.engine.scheduler import VisionSlice
 from wemm.engine.vision_encode import image_batch
 from wemm.errors import NumericalError
-from wemm.kernels import release_memory
+from wemm.kernels import Record, release_memory
 from wemm.model.batch import Batch, ImageBatch
 from wemm.model.wemm import WemmModel
 from wemm.platforms import Platform
@@ -56,7 +57,9 @@ class ModelRunner:
         kv_cache_dtype: torch.dtype,
         num_blocks: int,
         block_size: int,
+        record: Record | None = None,
     ) -> None:
+        """With `record`, decode steps are replayed where they can be."""
         self._model = model
         self._config = config
         self._platform = platform
@@ -67,6 +70,7 @@ class ModelRunner:
             dtype=kv_cache_dtype,
             device=platform.device,
         )
+        self._decode_graphs = DecodeGraphs(model, self._kv_cache, record) if record else None
         self._visual_embeds: dict[str, torch.Tensor] = {}
         self._encoding: tuple[ImageBatch, torch.Tensor] | None = None
 
@@ -118,7 +122,10 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(self, model_input: ModelInput) -> tuple[torch.Tensor, list[NumericalError | None]]:
         """Logits float32 [num_logits, vocab_size], and per row what is wrong with it."""
-        hidden = self._model(self._batch(model_input), self._kv_cache)
+        batch = self._batch(model_input)
+        hidden = self._decode_graphs.forward(batch) if self._decode_graphs else None
+        if hidden is None:
+            hidden = self._model(batch, self._kv_cache)
         logits = self._model.compute_logits(hidden)
         finite = zip(hidden.isfinite().all(-1).tolist(), logits.isfinite().all(-1).tolist(), strict=True)
         return logits, [self._row_error(*row) for row in finite]

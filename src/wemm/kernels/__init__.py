@@ -9,8 +9,14 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
+
+import torch
 
 from wemm.errors import ParameterError
+
+Record = Callable[[Callable[[], torch.Tensor]], "tuple[torch.Tensor, Callable[[], None]] | None"]
+"""Calls a function, and makes what it computes repeatable at the same addresses; None if it cannot be."""
 
 
 def load_kernels(device_type: str) -> None:
@@ -28,3 +34,10 @@ def release_memory(device_type: str) -> None:
     package = sys.modules.get(f"{__name__}.{device_type}")
     if package is not None:
         package.release_memory()
+
+
+def recorder(device_type: str) -> Record | None:
+    """How a device records, if it does and its kernels are loaded."""
+    package = sys.modules.get(f"{__name__}.{device_type}")
+    record: Record | None = getattr(package, "record", None)
+    return record

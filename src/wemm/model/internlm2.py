@@ -14,6 +14,7 @@ from wemm.layers.norm import RMSNorm
 from wemm.layers.plora import ColumnParallelPloraLinear, PloraSpec, RowParallelPloraLinear
 from wemm.layers.rotary_embedding import rotary_angles
 from wemm.model.batch import Batch
+from wemm.ops.add_residual import add_residual
 from wemm.ops.decode_attention import decode_attention
 from wemm.ops.prefill_attention import prefill_attention
 from wemm.ops.rope_and_store_kv import rope_and_store_kv
@@ -96,8 +97,8 @@ class DecoderLayer(nn.Module):
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: Batch, kv_cache: torch.Tensor
     ) -> torch.Tensor:
         """[num_tokens, hidden_size] → same."""
-        x = self.attention(self.attention_norm(x), cos, sin, batch, kv_cache).add_(x)
-        return self.feed_forward(self.ffn_norm(x), batch.image_rows).add_(x)
+        x = add_residual(self.attention(self.attention_norm(x), cos, sin, batch, kv_cache), x)
+        return add_residual(self.feed_forward(self.ffn_norm(x), batch.image_rows), x)
 
 
 class InternLM2(nn.Module):
@@ -125,10 +126,20 @@ class InternLM2(nn.Module):
 
         kv_cache: WemmModel.kv_cache_shape, written in place.
         """
-        cos, sin = rotary_angles(batch.positions, self._config)
+        x = self.run_layers(x, *self.angles(batch.positions), batch, kv_cache)
+        return self.norm(x[batch.logits_rows])
+
+    def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of the rotary embedding, float32 [num_tokens, head_dim/2]."""
+        return rotary_angles(positions, self._config)
+
+    def run_layers(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: Batch, kv_cache: torch.Tensor
+    ) -> torch.Tensor:
+        """[num_tokens, hidden_size] → same, all of them."""
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, batch, kv_cache[i])
-        return self.norm(x[batch.logits_rows])
+        return x
 
 
 def _layer_plora(plora: PloraConfig | None, layer: int) -> LayerPlora:

@@ -11,6 +11,7 @@ from wemm.layers.embedding import Embedding
 from wemm.layers.linear import ColumnParallelLinear, ColumnParallelLinearGelu, RowParallelLinear
 from wemm.layers.norm import LayerNorm
 from wemm.model.batch import ImageBatch
+from wemm.ops.add_residual import add_residual
 from wemm.ops.linear import linear
 from wemm.ops.vision_attention import vision_attention
 from wemm.quantization import Scheme
@@ -89,8 +90,8 @@ class VisionLayer(nn.Module):
 
     def forward(self, x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """[num_patches, hidden_size] → same."""
-        x = self.self_attn(self.layer_norm1(x), cu_seqlens).add_(x)
-        return self.mlp(self.layer_norm2(x)).add_(x)
+        x = add_residual(self.self_attn(self.layer_norm1(x), cu_seqlens), x)
+        return add_residual(self.mlp(self.layer_norm2(x)), x)
 
 
 class VisionEncoder(nn.Module):

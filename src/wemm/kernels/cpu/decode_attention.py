@@ -18,7 +18,9 @@ def _supports(
     scale: float,
 ) -> bool:
     tensors = (query, key_cache, value_cache)
-    return query.dtype in DTYPE_CODES and all(t.dtype == query.dtype and t.is_contiguous() for t in tensors)
+    indices = all(t.dtype is torch.int32 and t.is_contiguous() for t in (block_tables, seq_lens))
+    floats = all(t.dtype == query.dtype and t.is_contiguous() for t in tensors)
+    return indices and floats and query.dtype in DTYPE_CODES
 
 
 @decode_attention.impl("cpp", device="cpu", supports=_supports)
@@ -32,5 +34,6 @@ def _(
 ) -> torch.Tensor:
     out = torch.empty_like(query)
     given = as_argument(query), as_argument(key_cache), as_argument(value_cache)
-    _kernels.decode_attention(*given, block_tables.tolist(), seq_lens.tolist(), scale, as_argument(out))
+    where = as_argument(block_tables), as_argument(seq_lens)
+    _kernels.decode_attention(*given, *where, scale, as_argument(out))
     return out

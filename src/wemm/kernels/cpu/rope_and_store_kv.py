@@ -20,7 +20,8 @@ def _supports(
 ) -> bool:
     angles = all(t.dtype is torch.float32 and t.is_contiguous() for t in (cos, sin))
     cached = all(t.dtype in (qkv.dtype, torch.int8) and t.is_contiguous() for t in (key_cache, value_cache))
-    return angles and cached and qkv.dtype in DTYPE_CODES and qkv.is_contiguous()
+    slots = slot_mapping.dtype is torch.int64 and slot_mapping.is_contiguous()
+    return angles and cached and slots and qkv.dtype in DTYPE_CODES and qkv.is_contiguous()
 
 
 @rope_and_store_kv.impl("cpp", device="cpu", supports=_supports)
@@ -35,5 +36,5 @@ def _(
     num_tokens, num_kv_heads, packed, head_dim = qkv.shape
     query = empty((num_tokens, num_kv_heads * (packed - 2), head_dim), qkv.dtype)
     given = as_argument(qkv), as_argument(cos), as_argument(sin), as_argument(key_cache), as_argument(value_cache)
-    _kernels.rope_and_store_kv(*given, slot_mapping.tolist(), as_argument(query))
+    _kernels.rope_and_store_kv(*given, as_argument(slot_mapping), as_argument(query))
     return query, key_cache, value_cache

@@ -244,10 +244,13 @@ void decode(const Tensor& query, const Tensor& key, const Tensor& value,
 }  // namespace
 
 void decode_attention(const TensorArgument& query_argument, const TensorArgument& key_argument,
-                      const TensorArgument& value_argument, const std::vector<std::vector<std::int64_t>>& tables,
-                      const std::vector<std::int64_t>& seq_lens, float scale, const TensorArgument& out_argument) {
+                      const TensorArgument& value_argument, const TensorArgument& tables_argument,
+                      const TensorArgument& seq_lens_argument, float scale, const TensorArgument& out_argument) {
   const Tensor query(query_argument), key(key_argument), value(value_argument), out(out_argument);
+  const Tensor block_tables(tables_argument), lengths(seq_lens_argument);
   Contract contract("decode_attention");
+  contract.expect("block_tables", block_tables, {"num_seqs", "max_blocks"}, DType::int32)
+      .expect("seq_lens", lengths, {"num_seqs"}, DType::int32);
   contract.expect("query", query, {"num_seqs", "num_heads", "head_dim"})
       .expect("key_cache", key, {"num_blocks", "block_size", "num_kv_heads", "head_dim"})
       .expect("value_cache", value, {"num_blocks", "block_size", "num_kv_heads", "head_dim"})
@@ -255,6 +258,8 @@ void decode_attention(const TensorArgument& query_argument, const TensorArgument
       .same_dtype({&query, &key, &value, &out});
   contract.require(contract["num_kv_heads"] > 0 && contract["num_heads"] % contract["num_kv_heads"] == 0,
                    "needs query heads in whole groups");
+  const std::vector<std::int64_t> seq_lens = integers(lengths);
+  const auto tables = used_blocks(block_tables, seq_lens, contract["block_size"]);
   contract.require_blocks(tables, seq_lens, contract["num_seqs"], contract["block_size"], contract["num_blocks"]);
   for (const std::int64_t length : seq_lens) contract.require(length > 0, "needs a token in every sequence");
   with_dtype(query.dtype, [&](auto element) {

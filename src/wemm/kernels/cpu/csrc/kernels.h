@@ -15,10 +15,12 @@ void layer_norm(const TensorArgument& x, const TensorArgument& weight, const Ten
 
 void silu_and_mul(const TensorArgument& gate, const TensorArgument& up, const TensorArgument& out);
 
-// slots: slot_mapping.
 void rope_and_store_kv(const TensorArgument& qkv, const TensorArgument& cos, const TensorArgument& sin,
                        const TensorArgument& key_cache, const TensorArgument& value_cache,
-                       const std::vector<std::int64_t>& slots, const TensorArgument& out);
+                       const TensorArgument& slot_mapping, const TensorArgument& out);
+
+// In place.
+void add_residual(const TensorArgument& y, const TensorArgument& x);
 
 // Tokens that share a pass over the weight.
 constexpr std::int64_t kMaxGemvTokens = 4;
@@ -48,7 +50,7 @@ void prefill_attention(const TensorArgument& query, const TensorArgument& key_ca
                        const std::vector<std::int64_t>& seq_lens, float scale, const TensorArgument& out);
 
 void decode_attention(const TensorArgument& query, const TensorArgument& key_cache, const TensorArgument& value_cache,
-                      const std::vector<std::vector<std::int64_t>>& tables, const std::vector<std::int64_t>& seq_lens,
-                      float scale, const TensorArgument& out);
+                      const TensorArgument& block_tables, const TensorArgument& seq_lens, float scale,
+                      const TensorArgument& out);
 
 }  // namespace wemm

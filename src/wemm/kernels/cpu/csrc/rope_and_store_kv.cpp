@@ -24,8 +24,8 @@ void store_int8(const T* row, std::int64_t head_dim, std::int8_t* cache) {
 
 // Cache: T or int8. `width`: its elements per head.
 template <typename T, typename Cache>
-void run(const Tensor& qkv, const float* cos, const float* sin, const std::vector<std::int64_t>& slots, Cache* keys,
-         Cache* values, std::int64_t width, T* out) {
+void run(const Tensor& qkv, const float* cos, const float* sin, const std::int64_t* slots, Cache* keys, Cache* values,
+         std::int64_t width, T* out) {
   const std::int64_t tokens = qkv.shape[0], heads = qkv.shape[1], group = qkv.shape[2] - 2, head_dim = qkv.shape[3];
   const std::int64_t half = head_dim / 2;
   const auto rotate = WEMM_BEST(rotate_head<T, T>);
@@ -60,10 +60,10 @@ void run(const Tensor& qkv, const float* cos, const float* sin, const std::vecto
 
 void rope_and_store_kv(const TensorArgument& qkv_argument, const TensorArgument& cos_argument,
                        const TensorArgument& sin_argument, const TensorArgument& key_cache_argument,
-                       const TensorArgument& value_cache_argument, const std::vector<std::int64_t>& slots,
+                       const TensorArgument& value_cache_argument, const TensorArgument& slots_argument,
                        const TensorArgument& out_argument) {
   const Tensor qkv(qkv_argument), cos(cos_argument), sin(sin_argument), out(out_argument);
-  const Tensor keys(key_cache_argument), values(value_cache_argument);
+  const Tensor keys(key_cache_argument), values(value_cache_argument), slots(slots_argument);
   const bool quantized = keys.dtype == DType::int8;
   const DType stored = quantized ? DType::int8 : qkv.dtype;
   Contract contract("rope_and_store_kv");
@@ -72,21 +72,22 @@ void rope_and_store_kv(const TensorArgument& qkv_argument, const TensorArgument&
       .expect("sin", sin, {"num_tokens", "half"}, DType::float32)
       .expect("key_cache", keys, {"num_blocks", "block_size", "num_kv_heads", "width"}, stored)
       .expect("value_cache", values, {"num_blocks", "block_size", "num_kv_heads", "width"}, stored)
+      .expect("slot_mapping", slots, {"num_tokens"}, DType::int64)
       .expect("out", out, {"num_tokens", "num_heads", "head_dim"}, qkv.dtype);
   const std::int64_t group = contract["group + 2"] - 2, head_dim = contract["head_dim"], width = contract["width"];
   contract.require(group >= 0 && contract["num_heads"] == group * contract["num_kv_heads"], "needs a result per query");
   contract.require(head_dim == 2 * contract["half"], "needs an angle per pair of a head");
   contract.require(width == head_dim + (quantized ? static_cast<std::int64_t>(sizeof(float)) : 0),
                    "needs heads of the cache as wide as those given");
-  contract.require(static_cast<std::int64_t>(slots.size()) == contract["num_tokens"], "needs a slot per token");
-  for (const std::int64_t slot : slots) {
+  for (std::int64_t t = 0; t < contract["num_tokens"]; ++t) {
+    const std::int64_t slot = slots.data<std::int64_t>()[t];
     contract.require(slot >= 0 && slot < contract["num_blocks"] * contract["block_size"], "needs slots of the cache");
   }
   with_dtype(qkv.dtype, [&](auto element) {
     using T = decltype(element);
     const auto with_cache = [&](auto cached) {
       using Cache = decltype(cached);
-      run<T, Cache>(qkv, cos.data<float>(), sin.data<float>(), slots, keys.data<Cache>(), values.data<Cache>(), width,
+      run<T, Cache>(qkv, cos.data<float>(), sin.data<float>(), slots.data<std::int64_t>(), keys.data<Cache>(), values.data<Cache>(), width,
                     out.data<T>());
     };
     quantized ? with_cache(std::int8_t()) : with_cache(T());

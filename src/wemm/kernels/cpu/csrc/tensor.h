@@ -2,6 +2,7 @@
 // every kernel states at its entry, so that Python and C++ cannot disagree silently.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <map>
@@ -15,7 +16,7 @@
 namespace wemm {
 
 // wemm/kernels/cpu/tensors.py: DTYPE_CODES, INTEGER_CODES
-enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2, int8 = 3, uint8 = 4 };
+enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2, int8 = 3, uint8 = 4, int32 = 5, int64 = 6 };
 
 using TensorArgument = std::tuple<std::uintptr_t, int, std::vector<std::int64_t>, std::vector<std::int64_t>>;
 
@@ -144,6 +145,25 @@ class Contract {
   std::string kernel_;
   std::map<std::string, std::int64_t> lengths_;
 };
+
+// A row of int32.
+inline std::vector<std::int64_t> integers(const Tensor& tensor) {
+  const std::int32_t* first = tensor.data<std::int32_t>();
+  return std::vector<std::int64_t>(first, first + tensor.shape[0]);
+}
+
+// Of block tables, int32 [num_seqs, max_blocks], what their sequences need, or all there is.
+inline std::vector<std::vector<std::int64_t>> used_blocks(const Tensor& tables,
+                                                          const std::vector<std::int64_t>& seq_lens,
+                                                          std::int64_t block_size) {
+  std::vector<std::vector<std::int64_t>> used;
+  for (std::size_t s = 0; s < seq_lens.size(); ++s) {
+    const std::int32_t* row = tables.data<std::int32_t>() + s * tables.shape[1];
+    const std::int64_t needed = block_size > 0 ? (std::max<std::int64_t>(seq_lens[s], 0) + block_size - 1) / block_size : 0;
+    used.emplace_back(row, row + std::min(needed, tables.shape[1]));
+  }
+  return used;
+}
 
 // Calls function(T()) for the element type T.
 template <typename Function>
