@@ -17,8 +17,9 @@ def _supports(
     seq_lens: torch.Tensor,
     scale: float,
 ) -> bool:
-    tensors = (query, key_cache, value_cache)
-    return query.dtype in DTYPE_CODES and all(t.dtype == query.dtype and t.is_contiguous() for t in tensors)
+    stored = torch.int8 if key_cache.dtype is torch.int8 else query.dtype
+    caches = all(t.dtype is stored and t.is_contiguous() for t in (key_cache, value_cache))
+    return caches and query.dtype in DTYPE_CODES and query.is_contiguous()
 
 
 @decode_attention.impl("cpp", device="cpu", supports=_supports)
