@@ -17,10 +17,10 @@ def _supports(
     seq_lens: torch.Tensor,
     scale: float,
 ) -> bool:
-    tensors = (query, key_cache, value_cache)
+    stored = torch.int8 if key_cache.dtype is torch.int8 else query.dtype
+    caches = all(t.dtype is stored and t.is_contiguous() for t in (key_cache, value_cache))
     indices = all(t.dtype is torch.int32 and t.is_contiguous() for t in (block_tables, seq_lens))
-    floats = all(t.dtype == query.dtype and t.is_contiguous() for t in tensors)
-    return indices and floats and query.dtype in DTYPE_CODES
+    return caches and indices and query.dtype in DTYPE_CODES and query.is_contiguous()
 
 
 @decode_attention.impl("cpp", device="cpu", supports=_supports)

@@ -6,33 +6,17 @@
 #ifndef WEMM_COMPILING_FOR_ISA
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <type_traits>
 #include <vector>
 
+#include "decode_attention.h"
+
 namespace wemm {
 
-constexpr std::int64_t kPiece = 128;  // keys
-constexpr int kTogether = 4;          // query heads that share a pass over a key
-
-struct Heads {
-  std::int64_t num_kv_heads, group, head_dim, block_size;
-  float scale;
-};
-
-// Keys first..last of a sequence, and what becomes of them. out is not divided by the sums.
-template <typename T>
-struct Piece {
-  const T* query;     // [num_heads, head_dim]
-  const float* wide;  // the same, scaled
-  const std::int64_t* blocks;
-  std::int64_t first, last;
-  float* scores;  // [num_heads, kPiece]
-  float* out;     // [num_heads, head_dim]
-  float* maxima;  // [num_heads]
-  float* sums;    // [num_heads]
-};
+constexpr int kTogether = 4;  // query heads that share a pass over a key
 
 }  // namespace wemm
 
@@ -44,7 +28,8 @@ namespace wemm {
 namespace {
 
 struct Job {
-  std::int64_t seq, first, last;
+  std::int64_t seq;
+  Span span;
 };
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -141,30 +126,31 @@ WEMM_AVX512_BF16 WEMM_INLINE void unweave(float* out) {
 }
 
 // Where each position of a piece lies. Behind the end lies the last one again: it is multiplied by 0, or fetched only.
-void find_rows(const bfloat16* cache, const Heads& heads, const Piece<bfloat16>& piece,
+void find_rows(const bfloat16* cache, const Heads& heads, const Span& span,
                const bfloat16* (&rows)[kPiece + 2 * kAdded]) {
   for (std::int64_t i = 0; i < kPiece + 2 * kAdded; ++i) {
-    const std::int64_t position = std::min(piece.first + i, piece.last - 1);
-    const std::int64_t block = piece.blocks[position / heads.block_size];
+    const std::int64_t position = std::min(span.first + i, span.last - 1);
+    const std::int64_t block = span.blocks[position / heads.block_size];
     rows[i] = cache + (block * heads.block_size + position % heads.block_size) * heads.num_kv_heads * heads.head_dim;
   }
 }
 
 // Groups of whole fours and steps of 32 elements.
 WEMM_AVX512_BF16 void attend_piece_bf16(const bfloat16* key_cache, const bfloat16* value_cache, const Heads& heads,
-                                        const Piece<bfloat16>& piece) {
-  const std::int64_t num_heads = heads.num_kv_heads * heads.group, count = piece.last - piece.first;
+                                        const Piece<bfloat16>& piece, std::vector<float>& scratch) {
+  const std::int64_t num_heads = heads.num_kv_heads * heads.group, count = piece.span.last - piece.span.first;
   const std::int64_t padded = (count + kAdded - 1) / kAdded * kAdded;
+  scratch.resize(num_heads * kPiece);
   const bfloat16* rows[kPiece + 2 * kAdded];
-  find_rows(key_cache, heads, piece, rows);
+  find_rows(key_cache, heads, piece.span, rows);
   for (std::int64_t i = 0; i < padded; i += kScored) {
     for (std::int64_t h = 0; h < num_heads; h += kTogether) {
       score_keys(rows + i, h / heads.group * heads.head_dim, piece.query + h * heads.head_dim, heads,
-                 piece.scores + h * kPiece + i);
+                 scratch.data() + h * kPiece + i);
     }
   }
   for (std::int64_t h = 0; h < num_heads; ++h) {
-    float* scores = piece.scores + h * kPiece;
+    float* scores = scratch.data() + h * kPiece;
     avx512::soften(scores, count, piece.maxima[h], piece.sums[h]);
     std::fill(scores + count, scores + padded, 0.0f);
     for (std::int64_t i = 0; i < padded; i += kAdded) {  // in place
@@ -173,10 +159,10 @@ WEMM_AVX512_BF16 void attend_piece_bf16(const bfloat16* key_cache, const bfloat1
     }
   }
   std::fill(piece.out, piece.out + num_heads * heads.head_dim, 0.0f);
-  find_rows(value_cache, heads, piece, rows);
+  find_rows(value_cache, heads, piece.span, rows);
   for (std::int64_t i = 0; i < padded; i += kAdded) {
     for (std::int64_t h = 0; h < num_heads; h += kTogether) {
-      const auto* weights = reinterpret_cast<const bfloat16*>(piece.scores + h * kPiece) + i;
+      const auto* weights = reinterpret_cast<const bfloat16*>(scratch.data() + h * kPiece) + i;
       add_weighted(rows + i, h / heads.group * heads.head_dim, reinterpret_cast<const float*>(weights), heads,
                    piece.out + h * heads.head_dim);
     }
@@ -185,18 +171,21 @@ WEMM_AVX512_BF16 void attend_piece_bf16(const bfloat16* key_cache, const bfloat1
 }
 #endif
 
-template <typename T>
-auto attend_of(const Heads& heads) {
+template <typename T, typename Cache>
+AttendPiece<T, Cache> attend_of(const Heads& heads) {
 #ifdef WEMM_AVX512_BF16
   if constexpr (std::is_same_v<T, bfloat16>) {
+    if (const auto attend = attend_on_tiles<Cache>(heads)) return attend;
+  }
+  if constexpr (std::is_same_v<T, bfloat16> && std::is_same_v<Cache, bfloat16>) {
     if (has_avx512_bf16() && heads.group % kTogether == 0 && heads.head_dim % 32 == 0) return &attend_piece_bf16;
   }
 #endif
   (void)heads;
-  return WEMM_BEST(attend_piece<T>);
+  return WEMM_BEST(attend_piece<T, Cache>);
 }
 
-template <typename T>
+template <typename T, typename Cache>
 void decode(const Tensor& query, const Tensor& key, const Tensor& value,
             const std::vector<std::vector<std::int64_t>>& tables, const std::vector<std::int64_t>& seq_lens, float scale,
             const Tensor& out) {
@@ -208,7 +197,7 @@ void decode(const Tensor& query, const Tensor& key, const Tensor& value,
   for (std::size_t s = 0; s < tables.size(); ++s) {
     first_job.push_back(static_cast<std::int64_t>(jobs.size()));
     for (std::int64_t at = 0; at < seq_lens[s]; at += kPiece) {
-      jobs.push_back({static_cast<std::int64_t>(s), at, std::min(at + kPiece, seq_lens[s])});
+      jobs.push_back({static_cast<std::int64_t>(s), {tables[s].data(), at, std::min(at + kPiece, seq_lens[s])}});
     }
   }
   first_job.push_back(static_cast<std::int64_t>(jobs.size()));
@@ -217,20 +206,23 @@ void decode(const Tensor& query, const Tensor& key, const Tensor& value,
   const std::unique_ptr<float[]> pieces(new float[num_jobs * width]);  // not zeroed: megabytes
   std::vector<float> maxima(num_jobs * num_heads), sums(num_jobs * num_heads);
   for (std::size_t i = 0; i < wide.size(); ++i) wide[i] = to_float(query.data<T>()[i]) * scale;
-  const auto attend = attend_of<T>(heads);
+  const auto attend = attend_of<T, Cache>(heads);
   const auto join = WEMM_BEST(join_pieces<T>);
+  std::atomic<std::int64_t> taken{0};
 
 #pragma omp parallel
   {
-    std::vector<float> scores(num_heads * kPiece);
-#pragma omp for schedule(dynamic)
-    for (std::int64_t j = 0; j < num_jobs; ++j) {
+    std::vector<float> scratch;
+    for (std::int64_t j = taken++, next; j < num_jobs; j = next) {
+      next = taken++;
       const Job& job = jobs[j];
-      attend(key.data<T>(), value.data<T>(), heads,
-             {query.data<T>() + job.seq * width, wide.data() + job.seq * width, tables[job.seq].data(), job.first,
-              job.last, scores.data(), pieces.get() + j * width, maxima.data() + j * num_heads,
-              sums.data() + j * num_heads});
+      const Span ahead = next < num_jobs ? jobs[next].span : Span{nullptr, 0, 0};
+      attend(key.data<Cache>(), value.data<Cache>(), heads,
+             {job.span, ahead, query.data<T>() + job.seq * width, wide.data() + job.seq * width,
+              pieces.get() + j * width, maxima.data() + j * num_heads, sums.data() + j * num_heads},
+             scratch);
     }
+#pragma omp barrier
 #pragma omp for schedule(static)
     for (std::int64_t row = 0; row < num_rows; ++row) {
       const std::int64_t seq = row / num_heads, head = row % num_heads, first = first_job[seq];
@@ -248,14 +240,17 @@ void decode_attention(const TensorArgument& query_argument, const TensorArgument
                       const TensorArgument& seq_lens_argument, float scale, const TensorArgument& out_argument) {
   const Tensor query(query_argument), key(key_argument), value(value_argument), out(out_argument);
   const Tensor block_tables(tables_argument), lengths(seq_lens_argument);
+  const bool quantized = key.dtype == DType::int8;
+  const DType stored = quantized ? DType::int8 : query.dtype;
   Contract contract("decode_attention");
   contract.expect("block_tables", block_tables, {"num_seqs", "max_blocks"}, DType::int32)
       .expect("seq_lens", lengths, {"num_seqs"}, DType::int32);
   contract.expect("query", query, {"num_seqs", "num_heads", "head_dim"})
-      .expect("key_cache", key, {"num_blocks", "block_size", "num_kv_heads", "head_dim"})
-      .expect("value_cache", value, {"num_blocks", "block_size", "num_kv_heads", "head_dim"})
-      .expect("out", out, {"num_seqs", "num_heads", "head_dim"})
-      .same_dtype({&query, &key, &value, &out});
+      .expect("key_cache", key, {"num_blocks", "block_size", "num_kv_heads", "width"}, stored)
+      .expect("value_cache", value, {"num_blocks", "block_size", "num_kv_heads", "width"}, stored)
+      .expect("out", out, {"num_seqs", "num_heads", "head_dim"}, query.dtype);
+  contract.require(contract["width"] == contract["head_dim"] + (quantized ? static_cast<std::int64_t>(sizeof(float)) : 0),
+                   "needs heads of the cache as wide as those of the queries");
   contract.require(contract["num_kv_heads"] > 0 && contract["num_heads"] % contract["num_kv_heads"] == 0,
                    "needs query heads in whole groups");
   const std::vector<std::int64_t> seq_lens = integers(lengths);
@@ -263,7 +258,9 @@ void decode_attention(const TensorArgument& query_argument, const TensorArgument
   contract.require_blocks(tables, seq_lens, contract["num_seqs"], contract["block_size"], contract["num_blocks"]);
   for (const std::int64_t length : seq_lens) contract.require(length > 0, "needs a token in every sequence");
   with_dtype(query.dtype, [&](auto element) {
-    decode<decltype(element)>(query, key, value, tables, seq_lens, scale, out);
+    using T = decltype(element);
+    const auto run = quantized ? &decode<T, std::int8_t> : &decode<T, T>;
+    run(query, key, value, tables, seq_lens, scale, out);
   });
 }
 
@@ -271,15 +268,35 @@ void decode_attention(const TensorArgument& query_argument, const TensorArgument
 
 #else
 
+// A row of a cache: its width in elements, and what it is multiplied by.
+template <typename T>
+WEMM_INLINE std::int64_t width_of(const T*, std::int64_t head_dim) {
+  return head_dim;
+}
+
+WEMM_INLINE std::int64_t width_of(const std::int8_t*, std::int64_t head_dim) {
+  return head_dim + static_cast<std::int64_t>(sizeof(float));
+}
+
+template <typename T>
+WEMM_INLINE float scale_of(const T*, std::int64_t) {
+  return 1.0f;
+}
+
+WEMM_INLINE float scale_of(const std::int8_t* row, std::int64_t head_dim) {
+  float scale;
+  std::memcpy(&scale, row + head_dim, sizeof scale);
+  return scale;
+}
+
 // Calls visit(i, row) with the keys, or values, of all KV heads at positions first..last.
 template <typename T, typename Visit>
-WEMM_INLINE void each_row(const T* cache, const std::int64_t* blocks, const Heads& heads, std::int64_t first,
-                          std::int64_t last, Visit visit) {
-  const std::int64_t width = heads.num_kv_heads * heads.head_dim;
-  std::int64_t block = first / heads.block_size, offset = first % heads.block_size;
-  for (std::int64_t i = first; i < last; ++block, offset = 0) {
-    const T* row = cache + (blocks[block] * heads.block_size + offset) * width;
-    for (; offset < heads.block_size && i < last; ++offset, ++i, row += width) visit(i - first, row);
+WEMM_INLINE void each_row(const T* cache, const Heads& heads, const Span& span, Visit visit) {
+  const std::int64_t width = heads.num_kv_heads * width_of(cache, heads.head_dim);
+  std::int64_t block = span.first / heads.block_size, offset = span.first % heads.block_size;
+  for (std::int64_t i = span.first; i < span.last; ++block, offset = 0) {
+    const T* row = cache + (span.blocks[block] * heads.block_size + offset) * width;
+    for (; offset < heads.block_size && i < span.last; ++offset, ++i, row += width) visit(i - span.first, row);
   }
 }
 
@@ -292,23 +309,25 @@ WEMM_INLINE void score(const T* key, const float* query, std::int64_t head_dim, 
     const Floats k = load(key + d);
     for (int h = 0; h < N; ++h) sums[h] += k * load(query + h * head_dim + d);
   }
+  const float scale = scale_of(key, head_dim);
   for (int h = 0; h < N; ++h) {
     float total = sum(sums[h]);
     for (std::int64_t i = d; i < head_dim; ++i) total += to_float(key[i]) * query[h * head_dim + i];
-    scores[h * kPiece] = total;
+    scores[h * kPiece] = total * scale;
   }
 }
 
 // out [N, head_dim] += weights of N query heads times one value
 template <int N, typename T>
 WEMM_INLINE void add_value(const T* value, const float* weights, std::int64_t head_dim, float* out) {
+  const float scale = scale_of(value, head_dim);
   std::int64_t d = 0;
   for (; d + kLanes <= head_dim; d += kLanes) {
-    const Floats v = load(value + d);
+    const Floats v = load(value + d) * scale;
     for (int h = 0; h < N; ++h) store(load(out + h * head_dim + d) + weights[h * kPiece] * v, out + h * head_dim + d);
   }
   for (; d < head_dim; ++d) {
-    for (int h = 0; h < N; ++h) out[h * head_dim + d] += weights[h * kPiece] * to_float(value[d]);
+    for (int h = 0; h < N; ++h) out[h * head_dim + d] += weights[h * kPiece] * (to_float(value[d]) * scale);
   }
 }
 
@@ -337,16 +356,17 @@ WEMM_INLINE void each_head(std::int64_t group, Four visit4, One visit1) {
 }
 
 // One piece, all heads.
-template <typename T>
-void attend_piece(const T* key_cache, const T* value_cache, const Heads& heads, const Piece<T>& piece) {
+template <typename T, typename Cache>
+void attend_piece(const Cache* key_cache, const Cache* value_cache, const Heads& heads, const Piece<T>& piece,
+                  std::vector<float>& scratch) {
   const std::int64_t num_kv_heads = heads.num_kv_heads, group = heads.group, head_dim = heads.head_dim;
-  const std::int64_t first = piece.first, last = piece.last;
-  const std::int64_t* blocks = piece.blocks;
+  const std::int64_t width = width_of(key_cache, head_dim), count = piece.span.last - piece.span.first;
+  scratch.resize(num_kv_heads * group * kPiece);
   const float* query = piece.wide;
-  float *scores = piece.scores, *out = piece.out;
-  each_row(key_cache, blocks, heads, first, last, [&](std::int64_t i, const T* keys) __attribute__((always_inline)) {
+  float *scores = scratch.data(), *out = piece.out;
+  each_row(key_cache, heads, piece.span, [&](std::int64_t i, const Cache* keys) __attribute__((always_inline)) {
     for (std::int64_t kv = 0; kv < num_kv_heads; ++kv) {
-      const T* key = keys + kv * head_dim;
+      const Cache* key = keys + kv * width;
       each_head(
           group,
           [&](std::int64_t h) __attribute__((always_inline)) {
@@ -358,25 +378,23 @@ void attend_piece(const T* key_cache, const T* value_cache, const Heads& heads, 
     }
   });
   for (std::int64_t h = 0; h < num_kv_heads * group; ++h) {
-    soften(scores + h * kPiece, last - first, piece.maxima[h], piece.sums[h]);
+    soften(scores + h * kPiece, count, piece.maxima[h], piece.sums[h]);
   }
   for (std::int64_t i = 0; i < num_kv_heads * group * head_dim; ++i) out[i] = 0.0f;
-  each_row(value_cache, blocks, heads, first, last,
-           [&](std::int64_t i, const T* values) __attribute__((always_inline)) {
-             for (std::int64_t kv = 0; kv < num_kv_heads; ++kv) {
-               const T* value = values + kv * head_dim;
-               each_head(
-                   group,
-                   [&](std::int64_t h) __attribute__((always_inline)) {
-                     add_value<kTogether>(value, scores + (kv * group + h) * kPiece + i, head_dim,
-                                          out + (kv * group + h) * head_dim);
-                   },
-                   [&](std::int64_t h) __attribute__((always_inline)) {
-                     add_value<1>(value, scores + (kv * group + h) * kPiece + i, head_dim,
-                                  out + (kv * group + h) * head_dim);
-                   });
-             }
-           });
+  each_row(value_cache, heads, piece.span, [&](std::int64_t i, const Cache* values) __attribute__((always_inline)) {
+    for (std::int64_t kv = 0; kv < num_kv_heads; ++kv) {
+      const Cache* value = values + kv * width;
+      each_head(
+          group,
+          [&](std::int64_t h) __attribute__((always_inline)) {
+            add_value<kTogether>(value, scores + (kv * group + h) * kPiece + i, head_dim,
+                                 out + (kv * group + h) * head_dim);
+          },
+          [&](std::int64_t h) __attribute__((always_inline)) {
+            add_value<1>(value, scores + (kv * group + h) * kPiece + i, head_dim, out + (kv * group + h) * head_dim);
+          });
+    }
+  });
 }
 
 // One query head from its pieces, which lie `width` apart; maxima and sums lie `num_heads` apart.

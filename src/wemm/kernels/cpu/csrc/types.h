@@ -18,6 +18,8 @@ struct float16 {
 
 WEMM_INLINE float to_float(float x) { return x; }
 
+WEMM_INLINE float to_float(std::int8_t x) { return x; }
+
 WEMM_INLINE float to_float(bfloat16 x) {
   const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
   float value;

@@ -47,6 +47,17 @@ WEMM_INLINE Floats load(const float16* x) {
 #endif
 }
 
+WEMM_INLINE Floats load(const std::int8_t* x) {
+#ifdef WEMM_ISA_AVX512
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
+#else
+  typedef std::int8_t Bytes __attribute__((vector_size(kLanes)));
+  Bytes bytes;
+  std::memcpy(&bytes, x, sizeof bytes);
+  return __builtin_convertvector(bytes, Floats);
+#endif
+}
+
 WEMM_INLINE void store(const Floats& value, float* x) { std::memcpy(x, &value, sizeof value); }
 
 WEMM_INLINE void store(const Floats& value, bfloat16* x) {
