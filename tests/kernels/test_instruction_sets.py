@@ -177,6 +177,20 @@ def _argument(*shape, dtype=torch.bfloat16):
     return as_argument(torch.zeros(shape, dtype=dtype))
 
 
+@pytest.fixture
+def integers():
+    """As an argument; contracts read them, so they live as long as the test."""
+    from wemm.kernels.cpu.tensors import as_argument
+
+    kept = []
+
+    def make(values, dtype):
+        kept.append(torch.tensor(values, dtype=dtype))
+        return as_argument(kept[-1])
+
+    return make
+
+
 def _refused(name, message, *arguments):
     from wemm.kernels.cpu import _kernels
 
@@ -184,19 +198,20 @@ def _refused(name, message, *arguments):
         getattr(_kernels, name)(*arguments)
 
 
-def test_contracts_of_rows_and_widths():
+def test_contracts_of_rows_and_widths(integers):
     t, wide = _argument, torch.float32
+    one, beyond, before, two = (integers(slots, torch.int64) for slots in ([0], [32], [-1], [0, 1]))
     _refused("linear", "bias has 2 in dimension out", t(1, 8), t(3, 8), t(2), t(1, 3))
     _refused("linear", "takes bfloat16", t(1, 8, dtype=wide), t(3, 8, dtype=wide), None, t(1, 3, dtype=wide))
     qkv, angles, cache, query = t(1, 1, 3, 8), t(1, 4, dtype=wide), t(2, 16, 1, 8), t(1, 1, 8)
-    _refused("rope_and_store_kv", "cos has the wrong dtype", qkv, t(1, 4), t(1, 4), cache, cache, [0], query)
+    _refused("rope_and_store_kv", "cos has the wrong dtype", qkv, t(1, 4), t(1, 4), cache, cache, one, query)
     few = t(1, 3, dtype=wide)
-    _refused("rope_and_store_kv", "an angle per pair", qkv, few, few, cache, cache, [0], query)
-    _refused("rope_and_store_kv", "slots of the cache", qkv, angles, angles, cache, cache, [32], query)
-    _refused("rope_and_store_kv", "slots of the cache", qkv, angles, angles, cache, cache, [-1], query)
-    _refused("rope_and_store_kv", "a slot per token", qkv, angles, angles, cache, cache, [], query)
+    _refused("rope_and_store_kv", "an angle per pair", qkv, few, few, cache, cache, one, query)
+    _refused("rope_and_store_kv", "slots of the cache", qkv, angles, angles, cache, cache, beyond, query)
+    _refused("rope_and_store_kv", "slots of the cache", qkv, angles, angles, cache, cache, before, query)
+    _refused("rope_and_store_kv", "slot_mapping has 2", qkv, angles, angles, cache, cache, two, query)
     narrow = t(2, 16, 1, 8, dtype=torch.int8)
-    _refused("rope_and_store_kv", "as wide as those given", qkv, angles, angles, narrow, narrow, [0], query)
+    _refused("rope_and_store_kv", "as wide as those given", qkv, angles, angles, narrow, narrow, one, query)
     _refused("silu_and_mul", "up has 7", t(1, 8), t(1, 7), t(1, 8))
     _refused("layer_norm", "bias has 7", t(1, 8), t(8), t(7), 1e-6, t(1, 8))
 
@@ -208,10 +223,11 @@ def test_contracts_of_rows_and_widths():
         ([[2]], [3], "of the cache"),
         ([[-1]], [3], "of the cache"),
         ([[0]], [0], "a token in every"),
-        ([], [], "a length per sequence"),
-        ([[0]], [3, 3], "a length per sequence"),
+        ([[0], [0]], [3, 3], "query has 1 in dimension num_seqs, not 2"),
+        ([[0]], [3, 3], "seq_lens has 2"),
     ],
 )
-def test_contract_of_blocks(tables, lengths, message):
+def test_contract_of_blocks(tables, lengths, message, integers):
     query, cache = _argument(1, 2, 8), _argument(2, 16, 1, 8)
-    _refused("decode_attention", message, query, cache, cache, tables, lengths, 1.0, query)
+    where = integers(tables, torch.int32), integers(lengths, torch.int32)
+    _refused("decode_attention", message, query, cache, cache, *where, 1.0, query)

@@ -1,0 +1,88 @@
+"""A replayed decode step is the step: the same tokens and the same numbers, whatever came before and beside it."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from wemm import LLM, SamplingParams
+from wemm.kernels import load_kernels, recorder
+from wemm.ops.rms_norm import rms_norm
+
+load_kernels("cpu")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("wemm.kernels.cpu._kernels") is None, reason="the C++ extension is not built here"
+)
+PARAMS = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True, logprobs=2)
+SETTINGS = [
+    dict(dtype="float32"),
+    dict(dtype="bfloat16"),
+    dict(dtype="float16", quantization="int8"),
+    dict(dtype="bfloat16", quantization="int4", kv_cache_dtype="int8"),
+]
+
+
+@pytest.fixture(scope="module")
+def work(ask, golden_images):
+    return [
+        ask("What is this?", golden_images / "300x200.png"),
+        ask("为什么大海是蓝色的？"),
+        ask("?", golden_images / "33x21.png", golden_images / "1x1.png"),
+        ask("Once upon a time"),
+    ]
+
+
+def _engine(**options):
+    plain = dict(num_speculative_tokens=0, enable_prefix_caching=False, max_model_len=400)
+    return LLM("nano", device="cpu", **plain, **options)
+
+
+def _ask(llm, conversations, params=PARAMS):
+    return [output.outputs[0] for output in llm.chat(conversations, params)]
+
+
+@pytest.mark.parametrize("options", SETTINGS, ids=str)
+def test_replayed_is_computed(options, work):
+    """Alone and together, twice on the same recordings, with sequences that end at different steps."""
+    lengths = [SamplingParams(max_tokens=n, temperature=0.0, ignore_eos=True, logprobs=2) for n in (5, 24, 11, 17)]
+    with _engine(**options) as replayed, _engine(enforce_eager=True, **options) as eager:
+        graphs = replayed._open.engine._runner._decode_graphs
+        assert eager._open.engine._runner._decode_graphs is None
+        for conversations, params in ((work[:1], PARAMS), (work, lengths), (work[1:3], PARAMS), (work, lengths)):
+            expected, got = _ask(eager, conversations, params), _ask(replayed, conversations, params)
+            assert [answer.token_ids for answer in got] == [answer.token_ids for answer in expected]
+            if len(conversations) == 1:  # which requests meet in a step shows in the last digits
+                assert got[0].cumulative_logprob == expected[0].cumulative_logprob
+        assert graphs._graphs[1] is not None
+
+
+def test_a_step_that_torch_takes_part_in_is_not_recorded():
+    """Products of five tokens in bfloat16, say, are oneDNN's: what it computes no recording would hold."""
+    record = recorder("cpu")
+    x, weight = torch.randn(2, 8), torch.ones(8)
+    with torch.inference_mode():
+        assert record(lambda: rms_norm(x, weight, 1e-5).mul_(2)) is None
+        assert record(lambda: rms_norm(x, weight, 1e-5)) is not None
+
+
+def test_a_recording_computes_on_what_the_tensors_hold_now():
+    x, weight = torch.randn(2, 8), torch.rand(8)
+    with torch.inference_mode():
+        x, weight = x.clone(), weight.clone()
+        out, replay = recorder("cpu")(lambda: rms_norm(rms_norm(x, weight, 1e-5), weight, 1e-5))
+        assert len(replay) == 2
+        x.normal_()
+        expected = rms_norm(rms_norm(x, weight, 1e-5), weight, 1e-5)
+        assert not torch.equal(out, expected)
+        replay()
+        assert torch.equal(out, expected)
+
+
+def test_without_kernels_nothing_is_recorded(work):
+    from wemm.ops.silu_and_mul import silu_and_mul
+
+    with _engine(dtype="float32") as llm, silu_and_mul.using("definition"):
+        assert _ask(llm, work[:1])[0].token_ids
+        assert llm._open.engine._runner._decode_graphs._graphs == {1: None}
