@@ -20,7 +20,10 @@ def _supports(
     seq_lens: torch.Tensor,
     scale: float,
 ) -> bool:
-    return _kernels.has_avx512_bf16() and scale >= 0 and all(takes(x) for x in (query, key_cache, value_cache))
+    caches = (key_cache, value_cache)
+    stored = torch.int8 if key_cache.dtype is torch.int8 else query.dtype
+    cached = all(x.dtype is stored and x.is_contiguous() for x in caches)
+    return _kernels.has_avx512_bf16() and scale >= 0 and takes(query) and cached
 
 
 @prefill_attention.impl("cpp", device="cpu", supports=_supports)

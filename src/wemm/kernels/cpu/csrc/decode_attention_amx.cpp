@@ -4,8 +4,8 @@
 // other side: what it has side by side are pairs of elements, not of keys, so that each weight has two rows, one that
 // meets the first elements of the pairs and one that meets the second.
 //
-// There is so little to compute that memory is all that counts: between products, the next 16 positions are fetched in
-// the order in which they lie, a little at a time.
+// There is so little to compute that memory is all that counts: between products, the next 32 positions are fetched in
+// the order in which they lie, a little at a time. Two runs of 16 share what is loaded beside them.
 
 #include "amx.h"
 #include "decode_attention.h"
@@ -15,13 +15,14 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <type_traits>
 
 namespace wemm {
 namespace {
 
-constexpr int kRun = 16;    // positions of a tile
-constexpr int kStep = 32;   // elements of a tile
+constexpr int kRun = 16;   // positions of a tile
+constexpr int kStep = 32;  // elements of a tile
 constexpr int kRuns = kPiece / kRun;
 constexpr int kMaxGroup = 8;
 constexpr int kLine = 64;
@@ -46,15 +47,16 @@ struct alignas(64) TileShapes {
   }
 };
 
-class Tiles {
+// amx.h, in shapes of our own.
+class ShapedTiles {
  public:
-  WEMM_AMX explicit Tiles(const TileShapes& shapes) {
+  WEMM_AMX explicit ShapedTiles(const TileShapes& shapes) {
     settle();  // the intrinsic does not say that it reads them
     _tile_loadconfig(&shapes);
   }
-  WEMM_AMX ~Tiles() { _tile_release(); }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
+  WEMM_AMX ~ShapedTiles() { _tile_release(); }
+  ShapedTiles(const ShapedTiles&) = delete;
+  ShapedTiles& operator=(const ShapedTiles&) = delete;
   // Tiles are read and written behind the compiler's back.
   static WEMM_INLINE void settle() { std::atomic_signal_fence(std::memory_order_seq_cst); }
 };
@@ -81,6 +83,7 @@ struct Runs {
     }
   }
 
+  // Says what is read behind them.
   void precede(const Runs& next) {
     for (int i = 0; i < 2; ++i) begin[count + i] = next.begin[i];
   }
@@ -93,7 +96,6 @@ struct Runs {
     std::fill(copy + length, copy + size, Cache{});
     std::fill(begin + last, begin + count, copy);
   }
-
 };
 
 struct Scratch {
@@ -108,27 +110,25 @@ struct Scratch {
   char* last_values;
 
   Scratch(const Heads& h, std::int64_t run_bytes, std::vector<float>& memory) {
-    const std::int64_t num_heads = h.num_kv_heads * h.group, last = (run_bytes + kLine - 1) / kLine * kLine / 4;
-    const std::int64_t sizes[] = {num_heads * kPiece, num_heads * h.head_dim / 2, num_heads * kPiece, 4 * h.group * kRun,
-                                  num_heads * h.head_dim, h.num_kv_heads * kPiece, kRun * h.head_dim, last, last};
-    std::int64_t total = kLine / 4;
-    for (const std::int64_t size : sizes) total += (size + 15) / 16 * 16;
-    if (static_cast<std::int64_t>(memory.size()) < total) memory.resize(total);
-    auto* at = reinterpret_cast<float*>((reinterpret_cast<std::uintptr_t>(memory.data()) + kLine - 1) / kLine * kLine);
-    void* parts[9];
-    for (int i = 0; i < 9; ++i) {
-      parts[i] = at;
-      at += (sizes[i] + 15) / 16 * 16;
-    }
-    scores = static_cast<float*>(parts[0]);
-    query = static_cast<std::uint32_t*>(parts[1]);
-    weights = static_cast<float*>(parts[2]);
-    pairs = static_cast<std::uint32_t*>(parts[3]);
-    sums = static_cast<float*>(parts[4]);
-    scales = static_cast<float*>(parts[5]);
-    wide = static_cast<bfloat16*>(parts[6]);
-    last_keys = static_cast<char*>(parts[7]);
-    last_values = static_cast<char*>(parts[8]);
+    const std::int64_t num_heads = h.num_kv_heads * h.group;
+    const auto divide = [&](std::uintptr_t at) {  // returns the end
+      const auto take = [&at](auto*& part, std::int64_t count) {
+        part = reinterpret_cast<std::decay_t<decltype(part)>>(at);
+        at += (count * sizeof *part + kLine - 1) / kLine * kLine;
+      };
+      take(scores, num_heads * kPiece);
+      take(query, num_heads * h.head_dim / 2);
+      take(weights, num_heads * kPiece);
+      take(pairs, 4 * h.group * kRun);
+      take(sums, num_heads * h.head_dim);
+      take(scales, h.num_kv_heads * kPiece);
+      take(wide, 2 * kRun * h.head_dim);
+      take(last_keys, run_bytes);
+      take(last_values, run_bytes);
+      return at;
+    };
+    memory.resize((divide(0) + kLine) / sizeof(float));
+    divide((reinterpret_cast<std::uintptr_t>(memory.data()) + kLine - 1) / kLine * kLine);
   }
 };
 
@@ -137,7 +137,8 @@ class Ahead {
  public:
   template <typename Cache>
   Ahead(const Runs<Cache>& runs, std::int64_t r)
-      : first_(reinterpret_cast<const char*>(runs.begin[r])), second_(reinterpret_cast<const char*>(runs.begin[r + 1])) {}
+      : first_(reinterpret_cast<const char*>(runs.begin[r])),
+        second_(reinterpret_cast<const char*>(runs.begin[r + 1])) {}
 
   // Half of `bytes` of each.
   WEMM_INLINE void fetch(std::int64_t bytes) {
@@ -255,7 +256,7 @@ WEMM_AMX void attend_piece(const Cache* key_cache, const Cache* value_cache, con
   const Scratch s(heads, keys.size * static_cast<std::int64_t>(sizeof(Cache)), memory);
   keys.fill_up(count, reinterpret_cast<Cache*>(s.last_keys));
   const TileShapes shapes(static_cast<int>(group));
-  const Tiles tiles(shapes);
+  const ShapedTiles tiles(shapes);
   const std::int64_t group_bytes = 4 * group;
 
   for (std::int64_t kv = 0; kv < num_kv_heads; ++kv) {
@@ -267,7 +268,7 @@ WEMM_AMX void attend_piece(const Cache* key_cache, const Cache* value_cache, con
       const Rows first = rows_of(keys.begin[r] + kv * width, heads, s.wide, s.scales + kv * kPiece + r * kRun, ahead);
       const Rows second = rows_of(keys.begin[r + 1] + kv * width, heads, s.wide + kRun * head_dim,
                                   s.scales + kv * kPiece + (r + 1) * kRun, ahead);
-      Tiles::settle();
+      ShapedTiles::settle();
       _tile_zero(0);
       _tile_zero(1);
       for (std::int64_t step = 0; step < steps; ++step) {
@@ -281,7 +282,7 @@ WEMM_AMX void attend_piece(const Cache* key_cache, const Cache* value_cache, con
       float* scores = s.scores + (kv * kPiece + r * kRun) * group;
       _tile_stored(0, scores, group_bytes);
       _tile_stored(1, scores + kRun * group, group_bytes);
-      Tiles::settle();
+      ShapedTiles::settle();
     }
   }
   values.fill_up(count, reinterpret_cast<Cache*>(s.last_values));
@@ -305,7 +306,7 @@ WEMM_AMX void attend_piece(const Cache* key_cache, const Cache* value_cache, con
           pair_weights(weights, s.pairs + (half * group + h) * 2 * kRun);
         }
       }
-      Tiles::settle();
+      ShapedTiles::settle();
       _tile_loadd(4, s.pairs, 64);
       _tile_loadd(5, s.pairs + 2 * group * kRun, 64);
       float* sums = s.sums + kv * group * head_dim;
@@ -318,7 +319,7 @@ WEMM_AMX void attend_piece(const Cache* key_cache, const Cache* value_cache, con
         _tile_dpbf16ps(7, 5, 3);
         _tile_stored(7, sums, 64);
       }
-      Tiles::settle();
+      ShapedTiles::settle();
     }
   }
   for (std::int64_t h = 0; h < num_kv_heads * group; ++h) {

@@ -44,6 +44,7 @@ void linear_int4(const TensorArgument& x, const TensorArgument& weight, const Te
 void vision_attention(const TensorArgument& query, const TensorArgument& key, const TensorArgument& value,
                       const std::vector<std::int64_t>& bounds, float scale, const TensorArgument& out);
 
+// Caches, here and below: of the dtype of the queries, or int8 (quantization.py: quantize_kv).
 // tables, bounds, seq_lens: block_tables, cu_seqlens_q, seq_lens of the sequences.
 void prefill_attention(const TensorArgument& query, const TensorArgument& key_cache, const TensorArgument& value_cache,
                        const std::vector<std::vector<std::int64_t>>& tables, const std::vector<std::int64_t>& bounds,
