@@ -2,6 +2,7 @@
 #pragma once
 
 #include "isa.h"
+#include "types.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
@@ -34,6 +35,24 @@ WEMM_AVX512_VNNI WEMM_INLINE void transpose(__m512i (&rows)[16]) {
       rows[i + side] = _mm512_permutex2var_epi32(a, lower, b);
     }
   }
+}
+
+// The numbers that `some` names.
+WEMM_AVX512_VNNI WEMM_INLINE void store_some(__m512 values, __mmask16 some, float* out) {
+  _mm512_mask_storeu_ps(out, some, values);
+}
+
+// Round to nearest even; NaN stays NaN.
+WEMM_AVX512_VNNI WEMM_INLINE void store_some(__m512 values, __mmask16 some, bfloat16* out) {
+  const __m512i bits = (__m512i)values, odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+  const __m512i words = _mm512_mask_blend_epi32(nan, _mm512_srli_epi32(rounded, 16), _mm512_set1_epi32(0x7FC0));
+  _mm256_mask_storeu_epi16(out, some, _mm512_cvtepi32_epi16(words));
+}
+
+WEMM_AVX512_VNNI WEMM_INLINE void store_some(__m512 values, __mmask16 some, float16* out) {
+  _mm256_mask_storeu_epi16(out, some, _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
 }
 
 }  // namespace wemm
