@@ -1,4 +1,4 @@
-"""Many tokens times quantised weights on AVX-512 VNNI: wherever its blocks end, the bits are those of matrix tiles."""
+"""Many tokens times quantised weights on AVX-512 VNNI: wherever blocks end, the bits are those of matrix tiles."""
 
 from __future__ import annotations
 

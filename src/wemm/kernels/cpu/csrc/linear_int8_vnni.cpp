@@ -34,7 +34,7 @@ WEMM_AVX512_VNNI void pack_outputs(const Int8Weight& weight, std::int64_t first,
 
 template <typename T>
 struct Weight : Int8Weight {
-  static constexpr std::int64_t kPart = 512, kAlign = 64;
+  static constexpr std::int64_t kPart = 256, kAlign = 64;
   static constexpr std::int32_t kExcess = 128;
   using Sum = std::int32_t;
   struct Scales {};  // a token's are multiplied by them in the end
