@@ -82,14 +82,6 @@ WEMM_AVX512_VNNI inline void pack_tokens(const std::int8_t* rows, std::int64_t s
   }
 }
 
-// What is written next, 48 outputs of some tokens: every line lies in a page of its own, which takes time to find.
-template <typename T>
-void fetch(const T* out, std::int64_t stride, std::int64_t tokens) {
-  for (std::int64_t t = 0; t < tokens; ++t) {
-    for (std::int64_t o = 0; o < kOutputs; o += 64 / sizeof(T)) __builtin_prefetch(out + t * stride + o, 1);
-  }
-}
-
 inline std::int64_t num_threads() {
 #ifdef _OPENMP
   return omp_get_max_threads();
@@ -154,10 +146,6 @@ void linear(const Weight& weight, const T* x, std::int64_t tokens, T* out) {
                 const std::int64_t inputs = std::min(kPart, end - k);
                 const std::uint8_t* const panel = packed.data() + p * size + (k - begin) * kOutputs;
                 for (std::int64_t tile = block; tile < last; ++tile) {
-                  if (k == begin && end == width) {
-                    fetch(tokens_out + (tile * kTokens) * weight.outputs + o, weight.outputs,
-                          std::min(kTokens, count - tile * kTokens));
-                  }
                   Weight::add_part(integers.data() + k * at_once + tile * kTokens * inputs, panel, inputs,
                                    &start[(tile * parts + k / kPart) * kTokens],
                                    scales[p * (kChunk / kPart) + (k - begin) / kPart],
