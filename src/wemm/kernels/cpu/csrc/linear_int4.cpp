@@ -108,10 +108,9 @@ PackedTokens pack(const T* x, std::int64_t tokens, std::int64_t width, std::int6
 }
 
 template <typename T>
-void many_tokens(const Int4Weight& weight, const T* x, std::int64_t tokens, std::int64_t width, const float* bias,
+void linear_int4_amx(const Int4Weight& weight, const T* x, std::int64_t tokens, std::int64_t width, const float* bias,
                  T* out) {
   const PackedTokens packed = pack(x, tokens, width, weight.groups);
-  const auto multiply = isa() == Isa::amx ? int4_tiles_amx : int4_tiles_vnni;
   const std::int64_t tiles = (tokens + 15) / 16, tiles_per_job = std::min(tiles, kTilesPerJob);
   // With few tiles a job's time is the reading of its rows, best done one behind the other.
   const std::int64_t rows_per_job = tiles <= 4 ? 32 : kInt4JobRows;
@@ -125,9 +124,9 @@ void many_tokens(const Int4Weight& weight, const T* x, std::int64_t tokens, std:
       const std::int64_t first = job / columns * rows_per_job, rows = std::min(rows_per_job, weight.outputs - first);
       const std::int64_t tile = job % columns * tiles_per_job, count = std::min(tiles_per_job, tiles - tile);
       const std::int64_t at = tile * weight.groups;
-      multiply(weight, first, rows, {packed.x.get() + at * kInt4TileBytes, packed.start.data() + at * 16, count},
-               sums.data());
-      int4_finish(sums.data(), packed.scale.data() + tile * 16, bias + first, rows,
+      int4_tiles_amx(weight, first, rows, {packed.x.get() + at * kInt4TileBytes, packed.start.data() + at * 16, count},
+                     sums.data());
+      int4_finish_amx(sums.data(), packed.scale.data() + tile * 16, bias + first, rows,
                   std::min(count * 16, tokens - tile * 16), weight.outputs,
                   out + tile * 16 * weight.outputs + first);
     }
@@ -160,7 +159,8 @@ void linear_int4(const TensorArgument& x_argument, const TensorArgument& weight_
       for (std::int64_t o = 0; o < weight.outputs; ++o) offset[o] = to_float(bias.data<T>()[o]);
     }
     if (out.is_empty()) return;
-    const auto path = tokens <= kMaxInt4GemvTokens ? few_tokens<T> : many_tokens<T>;
+    const auto many_tokens = isa() == Isa::amx ? linear_int4_amx<T> : linear_int4_vnni<T>;
+    const auto path = tokens <= kMaxInt4GemvTokens ? few_tokens<T> : many_tokens;
     path(weight, x.data<T>(), tokens, width, offset.data(), out.data<T>());
   });
 }

@@ -5,6 +5,7 @@
 
 #include "amx.h"
 #include "linear_int4.h"
+#include "vnni.h"
 
 namespace wemm {
 
@@ -101,6 +102,29 @@ WEMM_AMX void add_groups(const Panel& panel, std::int64_t count, const std::int8
   accumulate<T>(products, panel.scale[count - 1], x + T * apart + kInt4TileBytes, apart, sums);
 }
 
+template <typename T>
+WEMM_AMX void finish(const float* sums, const float* x_scale, const float* bias, std::int64_t rows,
+                     std::int64_t tokens, std::int64_t outputs, T* out) {
+  for (std::int64_t token = 0; token < tokens; token += 16) {
+    for (std::int64_t row = 0; row < rows; row += 16) {
+      __m512i tile[16];
+      const float* from = sums + (token / 32 * kInt4JobRows + row) * 32 + token % 32;
+#pragma GCC unroll 16
+      for (int r = 0; r < 16; ++r) tile[r] = _mm512_loadu_si512(from + r * 32);
+      transpose(tile);
+      const __mmask16 some = rows - row < 16 ? static_cast<__mmask16>((1u << (rows - row)) - 1) : 0xFFFF;
+      const __m512 offset = _mm512_maskz_loadu_ps(some, bias + row);
+      alignas(64) float columns[16][16];
+#pragma GCC unroll 16
+      for (int t = 0; t < 16; ++t) _mm512_store_si512(columns[t], tile[t]);
+      for (std::int64_t t = 0; t < std::min<std::int64_t>(16, tokens - token); ++t) {
+        const __m512 scale = _mm512_set1_ps(x_scale[token + t]);
+        store_some(_mm512_fmadd_ps(_mm512_load_ps(columns[t]), scale, offset), some, out + (token + t) * outputs + row);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 WEMM_AMX void int4_tiles_amx(const Int4Weight& weight, std::int64_t first, std::int64_t rows, const Int4Tiles& tokens,
@@ -122,10 +146,26 @@ WEMM_AMX void int4_tiles_amx(const Int4Weight& weight, std::int64_t first, std::
   }
 }
 
+template <typename T>
+void int4_finish_amx(const float* sums, const float* x_scale, const float* bias, std::int64_t rows,
+                     std::int64_t tokens, std::int64_t outputs, T* out) {
+  finish(sums, x_scale, bias, rows, tokens, outputs, out);
+}
+
 #else
 
 void int4_tiles_amx(const Int4Weight&, std::int64_t, std::int64_t, const Int4Tiles&, float*) {}
 
+template <typename T>
+void int4_finish_amx(const float*, const float*, const float*, std::int64_t, std::int64_t, std::int64_t, T*) {}
+
 #endif
+
+template void int4_finish_amx(const float*, const float*, const float*, std::int64_t, std::int64_t, std::int64_t,
+                              float*);
+template void int4_finish_amx(const float*, const float*, const float*, std::int64_t, std::int64_t, std::int64_t,
+                              bfloat16*);
+template void int4_finish_amx(const float*, const float*, const float*, std::int64_t, std::int64_t, std::int64_t,
+                              float16*);
 
 }  // namespace wemm

@@ -13,6 +13,7 @@
 #include "foreach_isa.h"
 #include "kernels.h"
 #include "quantize_rows.h"
+#include "vnni.h"
 
 namespace wemm {
 namespace {
@@ -21,8 +22,7 @@ namespace {
 using Dot = void (*)(const std::int8_t* weight, std::int64_t width, std::int64_t first, std::int64_t last,
                      const std::int8_t* x, std::int32_t* sums);
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define WEMM_AVX512_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
+#ifdef WEMM_AVX512_VNNI
 
 // Rows first, first + apart, … of the weight, R of them, times M tokens. Weights become unsigned by 128 more, which
 // `excess` takes off again.
@@ -137,7 +137,8 @@ void product(const char* name, bool gelu, const TensorArgument& x_argument, cons
       for (std::int64_t o = 0; o < outputs; ++o) offset[o] = to_float(bias.data<T>()[o]);
     }
     const Int8Weight given{weight.data<std::int8_t>(), scale.data<float>(), offset.data(), outputs, width};
-    const auto path = tokens <= kMaxInt8GemvTokens ? few_tokens<T> : linear_int8_tiles<T>;
+    const auto many_tokens = isa() == Isa::amx ? linear_int8_amx<T> : linear_int8_vnni<T>;
+    const auto path = tokens <= kMaxInt8GemvTokens ? few_tokens<T> : many_tokens;
     if (tokens > 0) path(x.data<T>(), tokens, given, gelu ? WEMM_BEST(finish_gelu<T>) : WEMM_BEST(finish<T>), out.data<T>());
   });
 }
@@ -183,22 +184,30 @@ void dot_rows(const std::int8_t* weight, std::int64_t width, std::int64_t first,
 }
 
 // The tanh form: x / (1 + e^-2u), u = sqrt(2 / pi) * (x + 0.044715 x^3). NaN stays NaN.
-WEMM_INLINE float gelu(float x) { return x / (1.0f + exp_approx(x * (-1.59576912f - 0.0713548163f * x * x))); }
+WEMM_INLINE Floats gelu(const Floats& x) {
+  return x / (1.0f + exp_approx(x * (-1.59576912f - 0.0713548163f * x * x)));
+}
+
+WEMM_INLINE Floats scaled(const std::int32_t* sums, float x_scale, const float* scale, const float* bias,
+                          std::int64_t n) {
+  typedef std::int32_t Ints __attribute__((vector_size(4 * kLanes)));
+  Ints integers = {};
+  std::memcpy(&integers, sums, n < kLanes ? 4 * n : sizeof integers);
+  return __builtin_convertvector(integers, Floats) * x_scale * load(scale, n) + load(bias, n);
+}
 
 template <typename T>
 void finish(const std::int32_t* sums, float x_scale, const float* scale, const float* bias, std::int64_t n, T* out) {
-#pragma omp simd
-  for (std::int64_t i = 0; i < n; ++i) {
-    out[i] = from_float<T>(static_cast<float>(sums[i]) * x_scale * scale[i] + bias[i]);
+  for (std::int64_t i = 0; i < n; i += kLanes) {
+    store(scaled(sums + i, x_scale, scale + i, bias + i, n - i), out + i, n - i);
   }
 }
 
 template <typename T>
 void finish_gelu(const std::int32_t* sums, float x_scale, const float* scale, const float* bias, std::int64_t n,
                  T* out) {
-#pragma omp simd
-  for (std::int64_t i = 0; i < n; ++i) {
-    out[i] = from_float<T>(gelu(static_cast<float>(sums[i]) * x_scale * scale[i] + bias[i]));
+  for (std::int64_t i = 0; i < n; i += kLanes) {
+    store(gelu(scaled(sums + i, x_scale, scale + i, bias + i, n - i)), out + i, n - i);
   }
 }
 

@@ -1,4 +1,4 @@
-// What the two paths of linear_int8 share: a few tokens (linear_int8.cpp), many (linear_int8_tiles.cpp).
+// What the paths of linear_int8 share: a few tokens (linear_int8.cpp), many (linear_int8_amx.cpp, linear_int8_vnni.cpp).
 #pragma once
 
 #include <cstdint>
@@ -23,8 +23,10 @@ template <typename T>
 using Finish = void (*)(const std::int32_t* sums, float x_scale, const float* scale, const float* bias, std::int64_t n,
                         T* out);
 
-// Needs has_avx512_vnni(). x: [tokens, width] → out: [tokens, outputs].
+// x: [tokens, width] → out: [tokens, outputs]. Need matrix tiles; has_avx512_vnni().
 template <typename T>
-void linear_int8_tiles(const T* x, std::int64_t tokens, const Int8Weight& weight, Finish<T> finish, T* out);
+void linear_int8_amx(const T* x, std::int64_t tokens, const Int8Weight& weight, Finish<T> finish, T* out);
+template <typename T>
+void linear_int8_vnni(const T* x, std::int64_t tokens, const Int8Weight& weight, Finish<T> finish, T* out);
 
 }  // namespace wemm
