@@ -17,7 +17,6 @@ pytestmark = pytest.mark.skipif(
 )
 PARAMS = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True, logprobs=2)
 SETTINGS = [
-    dict(dtype="float32"),
     dict(dtype="bfloat16"),
     dict(dtype="float16", quantization="int8"),
     dict(dtype="bfloat16", quantization="int4", kv_cache_dtype="int8"),
@@ -56,6 +55,13 @@ def test_replayed_is_computed(options, work):
             if len(conversations) == 1:  # which requests meet in a step shows in the last digits
                 assert got[0].cumulative_logprob == expected[0].cumulative_logprob
         assert graphs._graphs[1] is not None
+
+
+def test_a_step_with_products_of_torch_is_computed_op_by_op(work):
+    """In float32 all products are MKL's."""
+    with _engine(dtype="float32") as llm, _engine(dtype="float32", enforce_eager=True) as eager:
+        assert _ask(llm, work[:1])[0].token_ids == _ask(eager, work[:1])[0].token_ids
+        assert llm._open.engine._runner._decode_graphs._graphs == {1: None}
 
 
 def test_a_step_that_torch_takes_part_in_is_not_recorded():

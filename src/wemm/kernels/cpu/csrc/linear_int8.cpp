@@ -183,11 +183,6 @@ void dot_rows(const std::int8_t* weight, std::int64_t width, std::int64_t first,
   }
 }
 
-// The tanh form: x / (1 + e^-2u), u = sqrt(2 / pi) * (x + 0.044715 x^3). NaN stays NaN.
-WEMM_INLINE Floats gelu(const Floats& x) {
-  return x / (1.0f + exp_approx(x * (-1.59576912f - 0.0713548163f * x * x)));
-}
-
 WEMM_INLINE Floats scaled(const std::int32_t* sums, float x_scale, const float* scale, const float* bias,
                           std::int64_t n) {
   typedef std::int32_t Ints __attribute__((vector_size(4 * kLanes)));
