@@ -145,7 +145,7 @@ def quantize_kv(x: torch.Tensor) -> torch.Tensor:
 def dequantize_kv(rows: torch.Tensor) -> torch.Tensor:
     """The way back, float32 [..., head_dim]."""
     integers, scale = rows.split((rows.shape[-1] - KV_SCALE_BYTES, KV_SCALE_BYTES), -1)
-    return integers.to(torch.float32) * scale.contiguous().view(torch.float32)
+    return integers.to(torch.float32) * scale.clone(memory_format=torch.contiguous_format).view(torch.float32)
 
 
 def pack_int4(integers: torch.Tensor) -> torch.Tensor:
