@@ -92,9 +92,21 @@ def test_decode_is_compared_with_the_weights_and_the_context_it_reads():
     weights = 2 * (7_737_708_544 - 92544 * 4096)
     per_token = (weights + 1027 * 131_072) / 1e10
     figures = _figures(_metrics(5.0 + 5 * per_token))
-    assert _shares(figures, REAL, "bfloat16", None, _ceilings())["inter_token"] == pytest.approx(1.0)
-    wide = _shares(_figures(_metrics(5.0 + 5 * per_token), batch=9), REAL, "bfloat16", None, _ceilings())
+    assert _shares(figures, REAL, "bfloat16", "bfloat16", None, _ceilings())["inter_token"] == pytest.approx(1.0)
+    wide = _shares(
+        _figures(_metrics(5.0 + 5 * per_token), batch=9), REAL, "bfloat16", "bfloat16", None, _ceilings()
+    )
     assert wide["inter_token"] == pytest.approx((weights + 9 * 1027 * 131_072) / (weights + 1027 * 131_072))
+
+
+def test_quantised_weights_and_keys_are_fewer_bytes():
+    """int4: half a byte per weight of the decoder and two per 128 of them; int8 keys: 132 bytes per head."""
+    int4 = find_source(EngineConfig("wemm-chat-2k-cn", load_format="dummy", quantization="int4"))
+    linears = 32 * (4096 * 6144 + 4096 * 4096 + 3 * 4096 * 14336)
+    rest = 2 * (7_737_708_544 - 92544 * 4096 - linears)
+    moved = linears // 2 + linears // 128 * 2 + rest + 1027 * 2 * 32 * 8 * 132
+    figures = _figures(_metrics(5.0 + 5 * moved / 1e10))
+    assert _shares(figures, int4, "bfloat16", "int8", None, _ceilings())["inter_token"] == pytest.approx(1.0)
 
 
 def test_vision_and_prefill_are_compared_with_the_matrix_product():
@@ -102,12 +114,12 @@ def test_vision_and_prefill_are_compared_with_the_matrix_product():
     vision = (cost.tower_flops + cost.downsampler_flops) / 1e12
     prefill = prefill_flops(REAL.config, REAL.plora, 1024, 947) / 1e12
     figures = _figures(_metrics(vision=2 * vision, prefill=4 * prefill))
-    shares = _shares(figures, REAL, "bfloat16", (1960, 1470), _ceilings())
+    shares = _shares(figures, REAL, "bfloat16", "bfloat16", (1960, 1470), _ceilings())
     assert (shares["vision"], shares["prefill"]) == pytest.approx((0.5, 0.25))
 
 
 def test_stages_that_wait_for_others_are_compared_with_nothing():
-    shares = _shares(_figures(_metrics(), batch=2), REAL, "bfloat16", (1960, 1470), _ceilings())
+    shares = _shares(_figures(_metrics(), batch=2), REAL, "bfloat16", "bfloat16", (1960, 1470), _ceilings())
     assert set(shares) == {"inter_token"}
 
 
