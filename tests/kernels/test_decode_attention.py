@@ -103,10 +103,14 @@ def test_prefill_attention_over_caches_of_int8(
 
 
 def test_contract_of_caches():
+    from wemm.kernels.cpu.tensors import as_argument
+
     query, wide, narrow = _argument(1, 2, 8), _argument(2, 16, 1, 8), _argument(2, 16, 1, 8, dtype=torch.int8)
     fits = _argument(2, 16, 1, 12, dtype=torch.int8)
-    _refused("decode_attention", "as wide as those", query, narrow, narrow, [[0]], [3], 1.0, query)
-    _refused("decode_attention", "value_cache has the wrong dtype", query, wide, fits, [[0]], [3], 1.0, query)
+    kept = torch.tensor([[0]], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
+    where = [as_argument(tensor) for tensor in kept]
+    _refused("decode_attention", "as wide as those", query, narrow, narrow, *where, 1.0, query)
+    _refused("decode_attention", "value_cache has the wrong dtype", query, wide, fits, *where, 1.0, query)
 
 
 @needs_flash
