@@ -318,6 +318,10 @@ class EngineConfig:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
             raise ParameterError(f"seed must be an integer in [0, 2^32). Given: {self.seed!r}")
 
+    def kv_dtype(self, dtype: str) -> str:
+        """Of keys and values, for a model in `dtype`."""
+        return dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
+
     @property
     def asked_quantization(self) -> QuantizationConfig:
         """What the options ask for, whatever the checkpoint is. Raises ParameterError."""

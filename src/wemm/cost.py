@@ -36,9 +36,7 @@ def stored_bytes(specs: Iterable[TensorSpec], dtype: str) -> int:
     """Of tensors in memory, those that are not quantised in `dtype`."""
     total = 0
     for spec in specs:
-        size = DTYPE_BYTES[dtype]
-        if spec.scheme is not None:
-            size = (spec.scheme.scale_dtype if spec.is_scale else spec.scheme.weight_dtype).itemsize
+        size = spec.own_dtype.itemsize if spec.own_dtype else DTYPE_BYTES[dtype]
         total += math.prod(spec.stored_shape) * size
     return total
 
@@ -159,7 +157,7 @@ def plan_memory(
     image_cache_memory: int | None = 0,
     num_ranks: int = 1,
     quantization: QuantizationConfig = UNQUANTIZED,
-    kv_cache_dtype: str = "auto",
+    kv_dtype: str | None = None,
 ) -> MemoryPlan:
     """Size the caches of one rank, and max_model_len if it is open. Raises InsufficientMemoryError with the plan.
 
@@ -169,8 +167,7 @@ def plan_memory(
     if image_cache is None:
         image_cache = _IMAGE_CACHE if available is None else min(_IMAGE_CACHE, available // 16)
     activations = activation_bytes(config, max_num_batched_tokens, max_num_batched_patches, dtype)
-    kv_dtype = dtype if kv_cache_dtype == "auto" else kv_cache_dtype
-    per_block = kv_bytes_per_token(config, kv_dtype) * block_size // num_ranks
+    per_block = kv_bytes_per_token(config, kv_dtype or dtype) * block_size // num_ranks
     longest = max_model_len or config.text.max_position_embeddings
     least = max_model_len or min(_MIN_MODEL_LEN, config.text.max_position_embeddings)
     wanted_blocks = -(-longest // block_size) * max_num_seqs

@@ -23,8 +23,6 @@ class Scheme(Protocol):
     name: str
     weight_dtype: torch.dtype
     scale_dtype: torch.dtype
-    group: int | None
-    """Inputs that share a scale; None: all of a row."""
 
     def weight_shape(self, out_size: int, in_size: int) -> tuple[int, ...]:
         """Of `weight`, for W [out, in]."""
@@ -45,7 +43,6 @@ class Int8:
     name = "int8"
     weight_dtype = torch.int8
     scale_dtype = torch.float32
-    group: int | None = None
 
     def weight_shape(self, out_size: int, in_size: int) -> tuple[int, ...]:
         """int8 [out, in]."""
@@ -75,7 +72,6 @@ class Int4:
     name = "int4"
     weight_dtype = torch.uint8
     scale_dtype = torch.bfloat16
-    group: int | None = INT4_GROUP
 
     def weight_shape(self, out_size: int, in_size: int) -> tuple[int, ...]:
         """uint8 [out, 64 * groups]."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -68,8 +70,6 @@ def test_however_they_are_computed_the_answers_are_those_alone(options, work, al
 
 
 def test_it_answers_as_the_float_cache_does(ask):
-    from pathlib import Path
-
     question = ask("What word is written here?", Path(__file__).parents[2] / "docs/images/word.png")
     for quantization in (None, "int8", "int4"):
         with LLM("nano", **INT8, quantization=quantization) as llm:

@@ -126,9 +126,8 @@ def run(engine: EngineConfig, workload: Workload, output_len: int, batch: int) -
     with LLM(progress=terminal_bar, **{**vars(engine), **plain}) as llm:
         measured = measure(llm, workload.conversations(), output_len, batch, terminal_bar)
     ceilings.measure()
-    kv_dtype = dtype if engine.kv_cache_dtype == "auto" else engine.kv_cache_dtype
     alone = engine.tensor_parallel_size == 1
-    shares = _shares(measured, source, dtype, kv_dtype, pixels, ceilings) if alone else {}
+    shares = _shares(measured, source, dtype, engine.kv_dtype(dtype), pixels, ceilings) if alone else {}
     title = _title(engine, measured, dtype, source.quantization, pixels)
     return Result(
         benchmark="latency",

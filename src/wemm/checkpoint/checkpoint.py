@@ -199,11 +199,10 @@ def _check_dtypes(directory: Path, specs: Mapping[str, TensorSpec], tensors: Map
 
 def allowed_dtypes(spec: TensorSpec) -> tuple[str, ...]:
     """What the file may call the dtype of a tensor."""
-    if spec.scheme is None:
+    if spec.own_dtype is None:
         return tuple(STORED_DTYPES)
-    dtype = spec.scheme.scale_dtype if spec.is_scale else spec.scheme.weight_dtype
     known = {**STORED_DTYPES, **QUANTIZED_DTYPES}
-    return tuple(stored for stored, name in known.items() if getattr(torch, name) == dtype)
+    return tuple(stored for stored, name in known.items() if getattr(torch, name) == spec.own_dtype)
 
 
 def list_names(names: Iterable[str], most: int = _NAMES_SHOWN) -> str:

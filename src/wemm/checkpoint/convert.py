@@ -101,10 +101,8 @@ class _Form:
         return spec.scheme is not None and self.checkpoint.specs[spec.name].scheme is None
 
     def _dtype(self, spec: TensorSpec) -> torch.dtype:
-        if spec.scheme is None:
-            dtype: torch.dtype = getattr(torch, self.dtype)
-            return dtype
-        return spec.scheme.scale_dtype if spec.is_scale else spec.scheme.weight_dtype
+        dtype: torch.dtype = spec.own_dtype or getattr(torch, self.dtype)
+        return dtype
 
 
 def convert(

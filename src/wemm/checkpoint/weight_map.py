@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import torch
+
 from wemm.config import PLORA_LINEARS, UNQUANTIZED, ModelConfig, PloraConfig, QuantizationConfig
 from wemm.quantization import Scheme, scheme_of
 
@@ -85,6 +87,13 @@ class TensorSpec:
             return self.shape
         out_size, in_size = self.shape
         return (self.scheme.scale_shape if self.is_scale else self.scheme.weight_shape)(out_size, in_size)
+
+    @property
+    def own_dtype(self) -> torch.dtype | None:
+        """Of the integers or the scale of a quantised weight; None: the model's."""
+        if self.scheme is None:
+            return None
+        return self.scheme.scale_dtype if self.is_scale else self.scheme.weight_dtype
 
     @property
     def scale_name(self) -> str:

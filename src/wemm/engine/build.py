@@ -193,8 +193,7 @@ def build_rank(config: EngineConfig, platform: Platform, group: Group) -> ModelR
 def _runner(
     config: EngineConfig, source: Source, platform: Platform, dtype: str, model: WemmModel, num_blocks: int
 ) -> ModelRunner:
-    kv_dtype = dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
-    dtypes = getattr(torch, dtype), getattr(torch, kv_dtype)
+    dtypes = getattr(torch, dtype), getattr(torch, config.kv_dtype(dtype))
     record = None if config.enforce_eager or config.tensor_parallel_size > 1 else recorder(platform.device.type)
     return ModelRunner(model, source.config, platform, *dtypes, num_blocks, config.block_size, record)
 
@@ -261,7 +260,7 @@ def _plan(config: EngineConfig, source: Source, platform: Platform) -> tuple[Mem
         config.image_cache_memory,
         size,
         source.quantization,
-        config.kv_cache_dtype,
+        config.kv_dtype(dtype),
     )
     return plan, dtype
 

@@ -41,7 +41,8 @@ class DecodeGraphs:
     def forward(self, batch: Batch) -> torch.Tensor | None:
         """As the model's forward; None where a step of this kind cannot be replayed."""
         num_seqs = len(batch.seq_lens)
-        if batch.cu_seqlens_q is not None or num_seqs > _MOST_SEQUENCES:
+        is_refused = self._graphs.get(num_seqs, True) is None
+        if batch.cu_seqlens_q is not None or num_seqs > _MOST_SEQUENCES or is_refused:
             return None
         model = self._model.language_model
         x, (cos, sin) = self._model.embed(batch.input_ids), model.angles(batch.positions)

@@ -33,8 +33,8 @@ class QuantizableLinear(nn.Module):
         if scheme is None:
             self.weight = nn.Parameter(torch.empty(out_size, in_size))
         else:
-            self.weight = _integers(scheme.weight_shape(out_size, in_size), scheme.weight_dtype)
-            self.weight_scale = _integers(scheme.scale_shape(out_size, in_size), scheme.scale_dtype)
+            self.weight = _stored(scheme.weight_shape(out_size, in_size), scheme.weight_dtype)
+            self.weight_scale = _stored(scheme.scale_shape(out_size, in_size), scheme.scale_dtype)
         self.bias = nn.Parameter(torch.empty(out_size)) if bias else None
 
     @property
@@ -51,7 +51,7 @@ class QuantizableLinear(nn.Module):
         return _PRODUCTS[self.scheme.name](x, self.weight, self.weight_scale, bias)
 
 
-def _integers(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+def _stored(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
 
 

@@ -6,12 +6,11 @@ import torch
 
 from wemm.kernels.cpu import _kernels
 from wemm.kernels.cpu.result_memory import empty
-from wemm.kernels.cpu.tensors import as_argument
+from wemm.kernels.cpu.tensors import DTYPE_CODES, as_argument
 from wemm.ops.linear_int4 import linear_int4
 
 MAX_GEMV_TOKENS = 4
 """csrc/linear_int4.h: kMaxInt4GemvTokens. More take VNNI or matrix tiles."""
-_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def _supports(
@@ -19,7 +18,7 @@ def _supports(
 ) -> bool:
     numbers = [x] if bias is None else [x, bias]
     fits = x.dim() == 2 and (x.shape[0] <= MAX_GEMV_TOKENS or _kernels.has_avx512_vnni())
-    same = x.dtype in _DTYPES and all(t.dtype is x.dtype for t in numbers)
+    same = x.dtype in DTYPE_CODES and all(t.dtype is x.dtype for t in numbers)
     return fits and same and all(t.is_contiguous() for t in (*numbers, weight, scale))
 
 
