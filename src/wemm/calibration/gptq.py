@@ -13,10 +13,11 @@ from wemm.quantization import INT4_GROUP, SCHEMES, pack_int4, round_int4
 DAMPING = 0.01
 """Share of the mean of the Hessian's diagonal that is added to it."""
 _MOST_DAMPING = 1.0
+_BLOCK = 32
 
 
 def gptq(
-    weight: torch.Tensor, hessian: torch.Tensor, damping: float = DAMPING, block: int = INT4_GROUP
+    weight: torch.Tensor, hessian: torch.Tensor, damping: float = DAMPING, block: int = _BLOCK
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """W [out, in] → integers and scales as `Int4.quantize` returns them, for inputs whose X^T X is `hessian`.
 
