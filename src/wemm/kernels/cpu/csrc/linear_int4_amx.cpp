@@ -194,11 +194,12 @@ class Streams {
   WEMM_AMX void multiply() {
     unpack(0);
     for (std::int64_t g = 0; g < groups_; ++g) {
-      if (g + 1 < groups_) unpack(g + 1);
       asm volatile("" ::: "memory");  // the intrinsics of tiles do not say what they read
-      wemm::multiply<T>(unpacked_[g % 2], x_ + g * kTileBytes, groups_ * kTileBytes);
+      wemm::multiply<T>(unpacked_, x_ + g * kTileBytes, groups_ * kTileBytes);
+      asm volatile("" ::: "memory");
+      if (g + 1 < groups_) unpack(g + 1);
       if (g > 0) accumulate(g - 1);
-      store<T>(products_[g % 2]);
+      store<T>(products_);
     }
     accumulate(groups_ - 1);
   }
@@ -219,20 +220,18 @@ class Streams {
   WEMM_AMX WEMM_INLINE void unpack(std::int64_t group) {
     const __m512i mask = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8);
     const std::int64_t at = group * kInt4Bytes, far = ahead(group);
-    auto& to = unpacked_[group % 2];
 #pragma GCC unroll 32
     for (int r = 0; r < kStreams; ++r) {
       if (r % 2 == 0) __builtin_prefetch(row_[r] + far, 0, 2);
       const __m512i packed = _mm512_loadu_si512(row_[r] + at), high = _mm512_srli_epi16(packed, 4);
-      _mm512_store_si512(to[r / 16][0][r % 16], _mm512_sub_epi8(_mm512_and_si512(packed, mask), eight));
-      _mm512_store_si512(to[r / 16][1][r % 16], _mm512_sub_epi8(_mm512_and_si512(high, mask), eight));
+      _mm512_store_si512(unpacked_[r / 16][0][r % 16], _mm512_sub_epi8(_mm512_and_si512(packed, mask), eight));
+      _mm512_store_si512(unpacked_[r / 16][1][r % 16], _mm512_sub_epi8(_mm512_and_si512(high, mask), eight));
     }
   }
 
   WEMM_AMX WEMM_INLINE void accumulate(std::int64_t group) {
     if (group % kScales == 0) widen(group);
     const std::int64_t far = ahead(group + 1);
-    const auto& from = products_[group % 2];
     const float* const scale = scale_[0] + group % kScales;
 #pragma GCC unroll 32
     for (int r = 0; r < kStreams; ++r) {
@@ -240,7 +239,7 @@ class Streams {
       const __m512 factor = _mm512_set1_ps(scale[r * kScales]);
 #pragma GCC unroll 2
       for (int t = 0; t < T; ++t) {
-        const __m512 integers = _mm512_cvtepi32_ps(_mm512_load_si512(from[r][t]));
+        const __m512 integers = _mm512_cvtepi32_ps(_mm512_load_si512(products_[r][t]));
         _mm512_store_ps(sums_[r][t], _mm512_fmadd_ps(integers, factor, _mm512_load_ps(sums_[r][t])));
       }
     }
@@ -260,8 +259,8 @@ class Streams {
   const std::int64_t jump_;
   const std::uint8_t* row_[kStreams];
   const bfloat16* row_scale_[kStreams];
-  alignas(64) std::int8_t unpacked_[2][2][2][16][64];  // of two groups, per tile of rows and half of a group: a tile
-  alignas(64) std::int32_t products_[2][kStreams][T][16];
+  alignas(64) std::int8_t unpacked_[2][2][16][64];  // per tile of rows and half of a group: a tile
+  alignas(64) std::int32_t products_[kStreams][T][16];
   alignas(64) float scale_[kStreams][kScales];
   alignas(64) float sums_[kStreams][T][16] = {};
 };
