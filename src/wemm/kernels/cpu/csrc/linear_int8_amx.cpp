@@ -1,6 +1,6 @@
-// linear_int8 for many tokens on matrix tiles: blocks of 32 tokens x 32 outputs.
+// linear_int8 on matrix tiles: up to 32 tokens by linear_amx.h, more in blocks of 32 tokens x 32 outputs.
 //
-// Tokens are rounded to int8 and used as they lie. Weights are transposed as they are used, up to 256 outputs at a time: in a
+// Of many, tokens are rounded to int8 and used as they lie. Weights are transposed as they are used, up to 256 outputs at a time: in a
 // tile, four inputs of 16 outputs lie side by side. So sums come out as the result is written, outputs side by side.
 
 #include "linear_int8.h"
