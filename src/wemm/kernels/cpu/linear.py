@@ -1,5 +1,5 @@
-"""Few tokens, up to 32 on matrix tiles: every weight is read once, at the speed of memory. Many are oneDNN's where it
-has a product of the dtype; where it has none, torch's own is ten times slower than MKL's in float32.
+"""Few tokens, up to 32 on matrix tiles: every weight is read once, at the speed of memory. Many are oneDNN's where
+it has a product of the dtype; where it has none, torch's own is ten times slower than MKL's in float32.
 """
 
 from __future__ import annotations
