@@ -1,0 +1,68 @@
+"""Ascend NPUs, through torch_npu. Not yet run on one: docs/ascend.md."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+
+from wemm.errors import DeviceError
+from wemm.platforms.base import Platform
+
+logger = logging.getLogger(__name__)
+
+
+def load_torch_npu() -> None:
+    """Make "npu" a device type of torch. Raises DeviceError."""
+    if importlib.util.find_spec("torch_npu") is None:
+        raise DeviceError(
+            "device 'npu' needs torch_npu, which is not installed; "
+            "pip install 'wemm[npu]', of the version of torch (docs/ascend.md), or try --device cpu"
+        )
+    try:
+        import torch_npu  # noqa: F401 - registers the device
+    except (ImportError, OSError, RuntimeError) as error:  # without CANN, or made for another torch
+        reason = str(error).splitlines()[0]
+        raise DeviceError(
+            f"device 'npu' cannot be used, torch_npu does not load: {reason}; "
+            "install CANN and source its set_env.sh (docs/ascend.md), or try --device cpu"
+        ) from None
+
+
+def is_npu_present() -> bool:
+    """True if there is a card, and what it takes to use it."""
+    if importlib.util.find_spec("torch_npu") is None:
+        return False
+    try:
+        load_torch_npu()
+    except DeviceError as error:
+        logger.info("%s", error)
+        return False
+    import torch_npu
+
+    return bool(torch_npu.npu.is_available())
+
+
+class NpuPlatform(Platform):
+    """One NPU."""
+
+    collective_backend = "hccl"
+
+    def available_memory(self) -> int | None:
+        """Bytes the driver has free."""
+        import torch_npu
+
+        return int(torch_npu.npu.mem_get_info(self.device)[0])
+
+    def preferred_dtype(self, checkpoint_dtype: str) -> str:
+        """float16 where bfloat16 is not supported, and for float32, which the fused attention does not take."""
+        import torch_npu
+
+        if checkpoint_dtype == "bfloat16" and torch_npu.npu.is_bf16_supported():
+            return "bfloat16"
+        return "float16"
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        import torch_npu
+
+        torch_npu.npu.synchronize(self.device)
