@@ -2,10 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-# gpu-check runs wherever torch, triton and pytest are, with or without `make setup`.
+# gpu-check and npu-check run wherever torch, what it needs for the device, and pytest are, with or without `make setup`.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: help setup demo check test test-slow security sanitize bench gpu-check clean
+.PHONY: help setup demo check test test-slow security sanitize bench gpu-check npu-check clean
 
 help:             ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/  /'
@@ -65,6 +65,13 @@ gpu-check:        ## device tests and op benchmark on the accelerator of this ma
 	  || { echo "gpu-check: no accelerator here, nothing was checked"; exit 1; }
 	PYTHONPATH=src $(GPU_PYTHON) -m pytest tests/device -m device -W ignore -p no:cacheprovider
 	PYTHONPATH=src $(GPU_PYTHON) -m wemm bench ops --device cuda
+
+npu-check:        ## the same on an Ascend NPU (docs/ascend.md)
+	@$(GPU_PYTHON) -c 'import sys, torch, torch_npu; sys.exit(not torch_npu.npu.is_available())' \
+	  || { echo "npu-check: no NPU here, nothing was checked"; exit 1; }
+	PYTHONPATH=src $(GPU_PYTHON) -m pytest tests/device -m device -W ignore -p no:cacheprovider
+	PYTHONPATH=src $(GPU_PYTHON) -m wemm bench ops --device npu --dtype float16
+	PYTHONPATH=src $(GPU_PYTHON) -m wemm bench latency --model nano --device npu --dtype float16
 
 clean:            ## remove what setup made
 	rm -rf .venv build

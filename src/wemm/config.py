@@ -243,7 +243,7 @@ class EngineConfig:
         "load. Default: as the checkpoint has them.",
     )
     vision_quantization: str | None = option(None, "int8: the same for the vision tower.")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1 or any other torch device. auto: cuda if present.")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, npu or any other torch device. auto: what is present.")
     tensor_parallel_size: int = option(1, "Ranks that share the weights: 1, 2, 4 or 8.")
     max_model_len: int | None = option(
         None, "Tokens of prompt and answer together at most. Default: what the model and the memory allow."

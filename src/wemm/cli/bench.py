@@ -35,7 +35,7 @@ def _benchmarks() -> None:
 @app.command()
 @config_options(Outputs, "outputs")
 def ops(
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or any other torch device.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, npu or any other torch device.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     only: Annotated[str | None, typer.Option(help="Measure this op alone.", show_default=False)] = None,
     shapes: Annotated[

@@ -1,9 +1,9 @@
 """A torch_npu without an NPU: every call is held to the published schemas and documented limits, then computed.
 
-Schemas (op_schemas.json) are registered with torch, so torch itself refuses unknown names, missing arguments and wrong
-types, as it would with torch_npu; each call must be valid in every stored version. Dtypes, layouts and sizes are those
-that torch_npu/_op_plugin_docs.py of the 2.13.0 wheel states, for Atlas A2 where products differ. What is documented
-but not modelled here (other layouts, quantised attention …) is refused too.
+Schemas (op_schemas.json) are registered with torch, so torch itself refuses unknown names, missing arguments and
+wrong types, as it would with torch_npu; each call must be valid in every stored version. Dtypes, layouts and sizes
+are those that torch_npu/_op_plugin_docs.py of the 2.13.0 wheel states, for Atlas A2 where products differ. What is
+documented but not modelled here (other layouts, quantised attention …) is refused too.
 """
 
 from __future__ import annotations
@@ -307,8 +307,9 @@ def _checked(name: str, versions: list[Any], calls: list[Any]) -> Callable[..., 
     lists = [a.name for a in schema.arguments if "List[int]" in str(a.type)]
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        for given in (kwargs[n] for n in lists if kwargs.get(n) is not None):  # torch would read a tensor's numbers
-            require(isinstance(given, list) and all(type(v) is int for v in given), f"{name}: a list must be of int")
+        for given in (kwargs[n] for n in lists if kwargs.get(n) is not None):
+            is_plain = isinstance(given, list) and all(type(v) is int for v in given)
+            require(is_plain, f"{name}: a list of int")  # torch would read a tensor's numbers
         results = [op(*args, **kwargs) for op in versions]
         calls.append((name, args, kwargs))
         return results[list(SCHEMAS).index(COMPUTED)]

@@ -1,4 +1,4 @@
-"""npu_dynamic_quant rounds the tokens, npu_quant_matmul multiplies integers: the same arithmetic as the definition."""
+"""npu_dynamic_quant rounds the tokens, npu_quant_matmul multiplies integers: the arithmetic of the definition."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ _LARGEST_SIZE = 65535
 def takes(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
     """Also those of linear_int8_gelu."""
     dtypes = x.dtype in (torch.float16, torch.bfloat16) and (bias is None or bias.dtype == x.dtype)
-    return dtypes and x.dim() == 2 and x.numel() > 0 and max(weight.shape) <= _LARGEST_SIZE and weight.is_contiguous()
+    sizes = x.dim() == 2 and x.numel() > 0 and max(weight.shape) <= _LARGEST_SIZE
+    return dtypes and sizes and weight.is_contiguous()
 
 
 @linear_int8.impl("torch_npu", device="npu", supports=takes)

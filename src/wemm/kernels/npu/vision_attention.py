@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ def _(
     head_dim = query.shape[2]
     padded = [F.pad(x, (0, -head_dim % ALIGNMENT)).contiguous() for x in (query, key, value)]
     bounds, outputs, start = as_list(cu_seqlens), [], 0
-    lengths = [stop - first for first, stop in zip(bounds, bounds[1:], strict=False)]
+    lengths = [stop - first for first, stop in pairwise(bounds)]
     for length, run in groupby(lengths):
         num_images = len(list(run))
         stop = start + num_images * length
