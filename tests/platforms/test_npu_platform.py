@@ -28,12 +28,14 @@ def card(monkeypatch):
     """A torch_npu with one card of bfloat16, and what was asked of it."""
     module = ModuleType("torch_npu")
     module.__spec__ = importlib.machinery.ModuleSpec("torch_npu", None)
-    module.waited = []
+    module.waited, module.current, module.compile_modes = [], [], []
     module.npu = SimpleNamespace(
         is_available=lambda: True,
         is_bf16_supported=lambda: True,
         mem_get_info=lambda device: (40 << 30, 64 << 30),
         synchronize=module.waited.append,
+        set_device=module.current.append,
+        set_compile_mode=lambda jit_compile: module.compile_modes.append(jit_compile),
     )
     monkeypatch.setitem(sys.modules, "torch_npu", module)
     torch_with_npu = SimpleNamespace(device=Device, empty=lambda *a, **k: None, cuda=torch.cuda)
@@ -49,6 +51,8 @@ def test_names(card, monkeypatch, name, rank, index):
     platform = resolve_platform(name, rank)
     assert isinstance(platform, NpuPlatform)
     assert (platform.device.type, platform.device.index) == ("npu", index)
+    platform.occupy(None)
+    assert card.current == ([] if index is None else [platform.device])
 
 
 def test_auto_is_the_cpu_without_a_card(card, monkeypatch):
@@ -65,6 +69,7 @@ def test_facts(card):
     assert wanted == ["float16", "bfloat16", "float16"]
     card.npu.is_bf16_supported = lambda: False
     assert platform.preferred_dtype("bfloat16") == "float16"
+    assert card.compile_modes == [False]
     platform.synchronize()
     assert card.waited == [platform.device]
 

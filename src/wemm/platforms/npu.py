@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.util
 import logging
 
+import torch
+
 from wemm.errors import DeviceError
 from wemm.platforms.base import Platform
+from wemm.platforms.topology import CpuShare
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +50,13 @@ class NpuPlatform(Platform):
 
     collective_backend = "hccl"
 
+    def __init__(self, device: torch.device) -> None:
+        import torch_npu
+
+        super().__init__(device)
+        # Shapes change from step to step, and rotation of any width is documented for ready-made kernels only.
+        torch_npu.npu.set_compile_mode(jit_compile=False)
+
     def available_memory(self) -> int | None:
         """Bytes the driver has free."""
         import torch_npu
@@ -60,6 +70,13 @@ class NpuPlatform(Platform):
         if checkpoint_dtype == "bfloat16" and torch_npu.npu.is_bf16_supported():
             return "bfloat16"
         return "float16"
+
+    def occupy(self, share: CpuShare | None) -> None:
+        """This rank's card becomes the current one: HCCL talks through it."""
+        import torch_npu
+
+        if self.device.index is not None:
+            torch_npu.npu.set_device(self.device)
 
     def synchronize(self) -> None:
         """Wait for the device."""
