@@ -61,6 +61,20 @@ def test_parity_with_blocks_of_128_tokens(monkeypatch, name):
         assert any(parity.check(OPS[name], implementation, dtype, torch.device(DEVICE)) for dtype in parity.DTYPES)
 
 
+def test_parity_of_long_sequences(monkeypatch):
+    """Beyond the 512 and 2048 tokens at which fused attention may change its ways."""
+    spans, parity, device = [(0, 700), (1500, 900), (2500, 1)], _parity(), torch.device(DEVICE)
+    prefill, decode = (importlib.import_module(f"wemm.ops.{n}_attention") for n in ("prefill", "decode"))
+    cases = {
+        "prefill_attention": lambda inputs: {"long": prefill._case(inputs, *spans)},
+        "decode_attention": lambda inputs: {"long": decode._case(inputs, 513, 2049, 3000)},
+    }
+    for name, make in cases.items():
+        monkeypatch.setattr(OPS[name], "cases", make)
+        for implementation in (DEFINITION, *(i.name for i in OPS[name].implementations if i.device == DEVICE)):
+            assert any(parity.check(OPS[name], implementation, dtype, device) for dtype in parity.DTYPES)
+
+
 @pytest.mark.parametrize(("dtype", "margin"), [("float32", 1e-3), ("float16", 0.02)])
 def test_golden_answers(ask, golden_images, dtype, margin):
     with LLM("tiny", dtype=dtype, device=DEVICE) as llm:

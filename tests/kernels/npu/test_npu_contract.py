@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
+import torch_npu_stub
 from test_npu_parity import CPU, KERNELS
 from torch_npu_stub import COMPUTED, SCHEMAS, ContractError
 
-from wemm.ops.registry import OPS
+from wemm.benchmark.ops import model_shapes
+from wemm.ops.registry import OPS, Inputs
+from wemm.quantization import SCHEMES
 
 PARSED = {name: torch._C.parse_schema(schema) for name, schema in SCHEMAS[COMPUTED].items()}
 REFUSED = (ContractError, RuntimeError, AssertionError)
@@ -167,3 +172,36 @@ def test_every_stored_version_has_a_say(on_stub):
     on_stub.npu_dynamic_quant(x)
     with pytest.raises(RuntimeError, match="stub_2_7_1"):
         on_stub.npu_dynamic_quant(x, quant_mode="pertoken")
+
+
+class Untouched(Inputs):
+    """Tensors of the right sizes and dtypes whose memory nobody has filled."""
+
+    def normal(self, *shape, scale=1.0):
+        return torch.empty(shape, dtype=self.dtype)
+
+    def quantized(self, scheme, out_size, in_size):
+        stored = SCHEMES[scheme]
+        weight = torch.empty(stored.weight_shape(out_size, in_size), dtype=stored.weight_dtype)
+        return weight, torch.empty(stored.scale_shape(out_size, in_size), dtype=stored.scale_dtype)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "block_size"), [(KERNELS, 16), (["decode_attention", "prefill_attention"], 128)], ids=["16", "128"]
+)
+def test_sizes_of_the_real_model_are_within_the_limits(on_stub, monkeypatch, kernels, block_size):
+    """Every call is checked; the large products are not computed."""
+    monkeypatch.setattr(torch_npu_stub, "_attention", lambda q, *a: q.float())
+    monkeypatch.setattr(torch_npu_stub, "_integer_product", lambda a, b: torch.zeros(a.shape[0], b.shape[1]))
+    shapes, inputs = model_shapes("wemm-chat-2k-cn"), Untouched(torch.float16, CPU)
+    for name in kernels:
+        module = importlib.import_module(f"wemm.ops.{name}")
+        if hasattr(module, "_BLOCK_SIZE"):
+            monkeypatch.setattr(module, "_BLOCK_SIZE", block_size)
+        for case, make in OPS[name].model_cases(inputs, shapes).items():
+            if name.endswith("_attention") and case.endswith("int8"):
+                continue  # left to the definition
+            on_stub.calls.clear()
+            with torch.inference_mode(), OPS[name].using("torch_npu"):
+                OPS[name](*make())
+            assert on_stub.calls, (name, case)

@@ -139,14 +139,18 @@ def npu_quant_matmul(
     require(pertoken_scale is not None, "without pertoken_scale a float32 scale is for other outputs")
     dtype_in("pertoken_scale", pertoken_scale, [torch.float32])
     require(tuple(pertoken_scale.shape) == (x1.shape[0],), "pertoken_scale [M]")
-    # Exact: below 2**53.
-    product = (x1.double() @ x2.double()).float() * pertoken_scale[:, None] * scale.float()
+    product = _integer_product(x1, x2) * pertoken_scale[:, None] * scale.float()
     if bias is not None:
         dtype_in("bias", bias, [dtype, torch.float32, torch.int32])
         require(tuple(bias.shape) in [(x2.shape[1],), (1, x2.shape[1])], "bias [N] or [1, N]")
         require(bias.dtype is not torch.int32, "a bias of int32 is added before scaling: not modelled")
         product = product + bias.float()
     return product.to(dtype)
+
+
+def _integer_product(x1: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
+    """Exact below 2**53, then float32."""
+    return (x1.double() @ x2.double()).float()
 
 
 _SCALAR_TYPES = {torch.float16: 5, torch.bfloat16: 15}
