@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from wemm.kernels.npu.fused_attention import attend, attend_paged, has_blocks_for, takes_cached
+from wemm.kernels.npu.fused_attention import attend, attend_paged, takes_cached
 from wemm.kernels.npu.once_per_step import as_list
 from wemm.ops.prefill_attention import prefill_attention
 
@@ -37,7 +37,7 @@ def _(
     bounds, outputs = as_list(cu_seqlens_q), []
     for i, length in enumerate(as_list(seq_lens)):
         q, blocks = query[bounds[i] : bounds[i + 1]].unsqueeze(0), block_tables[i : i + 1]
-        if block_size in _PAGED_BLOCK_SIZES and has_blocks_for(key_cache, [length]):
+        if block_size in _PAGED_BLOCK_SIZES:
             y = attend_paged(q, key_cache, value_cache, scale, blocks, [length], is_causal=True)
         else:
             used = blocks[0, : -(-length // block_size)].long()
