@@ -11,7 +11,17 @@ import logging
 import torch
 
 if importlib.util.find_spec("triton") is not None:
-    from wemm.kernels.cuda import vision_attention  # noqa: F401 - each module attaches itself
+    from wemm.kernels.cuda import (  # noqa: F401 - each module attaches itself
+        add_plora,
+        layer_norm,
+        linear,
+        linear_int8,
+        linear_int8_gelu,
+        rms_norm,
+        rope_and_store_kv,
+        silu_and_mul,
+        vision_attention,
+    )
 else:
     logging.getLogger(__name__).info("Triton is not installed: CUDA ops run their definitions")
 
