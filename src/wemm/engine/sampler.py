@@ -6,6 +6,7 @@ So a draw depends on nothing else: not on the batch, on steps taken before, on d
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -73,10 +74,14 @@ def _with_logprobs(logits: torch.Tensor, chosen: torch.Tensor, counts: Sequence[
     picked = logprobs.gather(1, chosen.unsqueeze(1))
     ranks = (logprobs > picked).sum(dim=1) + 1
     values, ids = logprobs.topk(min(max(counts), logits.shape[1]), dim=-1)
-    rows = zip(chosen.tolist(), picked[:, 0].tolist(), ranks.tolist(), ids.tolist(), values.tolist(), strict=True)
+    # Integers and numbers come to the host in one piece each.
+    integers = torch.cat((chosen.unsqueeze(1), ranks.unsqueeze(1), ids), dim=1).tolist()
+    numbers = torch.cat((picked, values), dim=1).tolist()
     return [
         SampledToken(token_id, logprob, rank, tuple(zip(top_ids[:count], top_values[:count], strict=True)))
-        for count, (token_id, logprob, rank, top_ids, top_values) in zip(counts, rows, strict=True)
+        for count, (token_id, rank, *top_ids), (logprob, *top_values) in zip(
+            counts, integers, numbers, strict=True
+        )
     ]
 
 
@@ -109,21 +114,24 @@ def apply_penalties(
     params: SamplingParams,
 ) -> torch.Tensor:
     """Logits [vocab_size] after repetition, presence and frequency penalties; image positions do not count."""
-    repeats = params.repetition_penalty != 1
-    if repeats:
-        seen = _ids([*prompt_token_ids, *output_token_ids], logits).unique()
-        values = logits[seen]
+    # Tokens are counted here, not by the device: it would have to tell us how many differ.
+    if params.repetition_penalty != 1:
+        ids, _ = _counted([*prompt_token_ids, *output_token_ids], logits)
+        values = logits[ids]
         penalised = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-        logits = logits.index_copy(0, seen, penalised)
+        logits = logits.index_copy(0, ids, penalised)
     if params.presence_penalty or params.frequency_penalty:
-        counts = torch.bincount(_ids(output_token_ids, logits), minlength=logits.shape[0])
-        logits = logits - params.presence_penalty * (counts > 0) - params.frequency_penalty * counts
+        ids, counts = _counted(output_token_ids, logits)
+        penalised = logits[ids] - params.presence_penalty - params.frequency_penalty * counts
+        logits = logits.index_copy(0, ids, penalised)
     return logits
 
 
-def _ids(token_ids: Iterable[int], like: torch.Tensor) -> torch.Tensor:
-    vocab_size = like.shape[0]
-    return torch.tensor([i for i in token_ids if 0 <= i < vocab_size], dtype=torch.int64, device=like.device)
+def _counted(token_ids: Iterable[int], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each token id of the vocabulary once, and how often it comes: both int64."""
+    counts = Counter(i for i in token_ids if 0 <= i < like.shape[0])
+    ids, times = torch.tensor([[*counts.keys()], [*counts.values()]], dtype=torch.int64, device=like.device)
+    return ids, times
 
 
 def filtered_probs(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
@@ -141,9 +149,10 @@ def filtered_probs(logits: torch.Tensor, params: Sequence[SamplingParams]) -> to
     vocab_size = logits.shape[1]
     limited = [i for i, p in enumerate(params) if 0 < p.top_k < vocab_size]
     if limited:
-        counts = torch.tensor([params[i].top_k for i in limited], device=logits.device).unsqueeze(1)
+        top_ks = [params[i].top_k for i in limited]
+        last = torch.tensor(top_ks, device=logits.device).unsqueeze(1) - 1
         few = probs[limited]
-        least = few.topk(int(counts.max())).values.gather(1, counts - 1)
+        least = few.topk(max(top_ks)).values.gather(1, last)
         probs = probs.index_copy(0, torch.tensor(limited, device=logits.device), few.where(few >= least, 0.0))
     limited = [i for i, p in enumerate(params) if p.top_p < 1]
     if limited:

@@ -22,6 +22,8 @@ from wemm.ops.registry import OPS
 
 load_ops()
 load_kernels("cuda")
+# What a program takes on, where that is little: the interpreter's time is by programs.
+LARGER = {"linear_int4.ROWS": 64, "silu_and_mul.BLOCK": 2**15}
 
 
 @pytest.fixture
@@ -35,17 +37,20 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for op in OPS.values():
         attached = [replace(i, device="cpu") for i in op.implementations if i.device == "cuda"]
         monkeypatch.setattr(op, "implementations", attached)
+    for name, size in LARGER.items():
+        monkeypatch.setattr(f"wemm.kernels.cuda.{name}", size)
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
     monkeypatch.setattr(InterpreterBuilder, "create_dot", _dot)
+    monkeypatch.setattr(InterpreterBuilder, "create_inline_asm", _dp4a)
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", _rounding(InterpreterBuilder.cast_impl))
     for module in (tl, tl.standard, *_kernel_modules()):
         for name, value in list(vars(module).items()):
             if isinstance(value, JITFunction):
                 monkeypatch.setattr(module, name, InterpretedFunction(value.fn))
     # The interpreter leaves part of the language patched: the compiler wants it back.
-    with _restored(tl, tl.core, tl.math, tl.core.tensor, tl.core.dtype, tl.core.tensor_descriptor_base):
-        with np.errstate(all="ignore"):  # infinities come without a warning, as on a GPU
-            yield
+    language = tl, tl.core, tl.math, tl.core.tensor, tl.core.dtype, tl.core.tensor_descriptor_base
+    with _restored(*language), np.errstate(all="ignore"):  # infinities come without a warning, as on a GPU
+        yield
 
 
 def _kernel_modules() -> list[ModuleType]:
@@ -72,6 +77,17 @@ def _dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
 
     product = np.matmul(_float32(a), _float32(b), dtype=d.data.dtype)
     return TensorHandle(product + d.data, d.dtype.scalar)
+
+
+def _dp4a(self: Any, assembly: str, constraints: str, values: Any, *_: Any) -> Any:
+    """The one instruction that kernels spell out: a product of four signed bytes, added to the third operand."""
+    from triton.runtime.interpreter import TensorHandle
+
+    assert assembly == "dp4a.s32.s32 $0, $1, $2, $3;"
+    a, b, c = map(np.ascontiguousarray, np.broadcast_arrays(*(value.data for value in values)))
+    products = a.view(np.int8).astype(np.int32) * b.view(np.int8)
+    sums = products.reshape(*a.shape, 4).sum(-1, dtype=np.int32) + c
+    return SimpleNamespace(get_result=lambda index: TensorHandle(sums, values[2].dtype.scalar))
 
 
 def _float32(handle: Any) -> np.ndarray:

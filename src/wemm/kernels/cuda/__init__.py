@@ -15,6 +15,7 @@ if importlib.util.find_spec("triton") is not None:
         add_plora,
         layer_norm,
         linear,
+        linear_int4,
         linear_int8,
         linear_int8_gelu,
         rms_norm,
