@@ -127,8 +127,8 @@ class ModelRunner:
         if hidden is None:
             hidden = self._model(batch, self._kv_cache)
         logits = self._model.compute_logits(hidden)
-        finite = zip(hidden.isfinite().all(-1).tolist(), logits.isfinite().all(-1).tolist(), strict=True)
-        return logits, [self._row_error(*row) for row in finite]
+        finite = torch.stack((hidden.isfinite().all(-1), logits.isfinite().all(-1)), dim=1)
+        return logits, [self._row_error(*row) for row in finite.tolist()]
 
     def drop_images(self, hashes: Sequence[str]) -> None:
         """Forget the embeddings of these images."""

@@ -12,6 +12,12 @@ class CudaPlatform(Platform):
 
     collective_backend = "nccl"
 
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        # Triton launches on the current device, wherever its tensors lie.
+        if device.index is not None:
+            torch.cuda.set_device(device)
+
     def available_memory(self) -> int | None:
         """Bytes the driver has free."""
         return torch.cuda.mem_get_info(self.device)[0]

@@ -36,7 +36,7 @@ def compare(op, *arguments):
 
     with op.using("triton"):
         got = op(*copies())
-    tolerance = TOLERANCES[torch.float32]
+    tolerance = TOLERANCES[got.dtype]
     torch.testing.assert_close(
         got, op.definition(*copies()), rtol=tolerance.rtol, atol=tolerance.atol, equal_nan=True
     )
@@ -49,7 +49,7 @@ def test_any_number_of_tokens(inputs, tokens):
     for scheme, op in (("int8", linear_int8), ("int4", linear_int4)):
         compare(op, x, *SCHEMES[scheme].quantize(weight), bias)
     if tokens <= 8:
-        compare(linear, x, weight, bias)
+        compare(linear, *(t.to(torch.bfloat16) for t in (x, weight, bias)))
 
 
 @pytest.mark.parametrize(("scheme", "op"), [("int8", linear_int8), ("int4", linear_int4)])

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from wemm.kernels.cuda.tensors import FLOATS, are
+from wemm.kernels.cuda.tensors import are
 from wemm.kernels.cuda.tiles import Tiles
 from wemm.ops.linear import linear
 
@@ -33,7 +33,7 @@ def _linear(
         is_column = first + column < width
         w = tl.load(weight + first, mask=is_output[:, None] & is_column[None, :], other=0.0)
         a = tl.load(x + first, mask=is_column[:, None] & is_token[None, :], other=0.0)
-        y = tl.dot(w, a, y, input_precision="ieee")
+        y = tl.dot(w, a, y)
     if bias is not None:
         y += tl.load(bias + output, mask=is_output, other=0.0).to(tl.float32)[:, None]
     y = y.to(out.dtype.element_ty)
@@ -42,7 +42,7 @@ def _linear(
 
 def _supports(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
     is_few = x.dim() == 2 and x.shape[0] <= MAX_TOKENS and weight.numel() < 2**31
-    return is_few and x.dtype in FLOATS and are(x.dtype, x, weight, bias)
+    return is_few and x.dtype in (torch.bfloat16, torch.float16) and are(x.dtype, x, weight, bias)
 
 
 @linear.impl("triton", "cuda", _supports)

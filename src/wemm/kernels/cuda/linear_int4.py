@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from wemm.kernels.cuda.quantized_rows import quantize_rows
-from wemm.kernels.cuda.tensors import FLOATS, MAX_ROW, are
+from wemm.kernels.cuda.quantized_rows import fits, quantize_rows
+from wemm.kernels.cuda.tensors import FLOATS, are
 from wemm.kernels.cuda.tiles import Tiles, tiles_for
 from wemm.ops.linear_int4 import linear_int4
 from wemm.quantization import INT4_GROUP, num_groups
@@ -113,9 +113,8 @@ def _finish(y, x_scale, bias, out, token, output, num_tokens, outputs):
 def _supports(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
 ) -> bool:
-    is_small = x.shape[1] <= MAX_ROW and max(x.numel(), weight.numel(), x.shape[0] * weight.shape[0]) < 2**31
     stored = are(torch.uint8, weight) and are(torch.bfloat16, scale)
-    return stored and x.dim() == 2 and is_small and x.dtype in FLOATS and are(x.dtype, x, bias)
+    return stored and x.dtype in FLOATS and are(x.dtype, x, bias) and fits(x, weight)
 
 
 @linear_int4.impl("triton", "cuda", _supports)

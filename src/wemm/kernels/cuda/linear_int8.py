@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from wemm.kernels.cuda.quantized_rows import quantize_rows
-from wemm.kernels.cuda.tensors import FLOATS, MAX_ROW, are
+from wemm.kernels.cuda.quantized_rows import fits, quantize_rows
+from wemm.kernels.cuda.tensors import FLOATS, are
 from wemm.kernels.cuda.tiles import Tiles, tiles_for
 from wemm.ops.linear_int8 import linear_int8
 
@@ -50,9 +50,8 @@ def _linear_int8(
 
 def takes(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
     """Also those of linear_int8_gelu."""
-    is_small = x.shape[1] <= MAX_ROW and max(x.numel(), weight.numel(), x.shape[0] * weight.shape[0]) < 2**31
     stored = are(torch.int8, weight) and are(torch.float32, scale)
-    return stored and x.dim() == 2 and is_small and x.dtype in FLOATS and are(x.dtype, x, bias)
+    return stored and x.dtype in FLOATS and are(x.dtype, x, bias) and fits(x, weight)
 
 
 def product(

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from wemm.kernels.cuda.tensors import row_block
+from wemm.kernels.cuda.tensors import MAX_ROW, row_block
 
 
 @triton.jit
@@ -44,6 +44,12 @@ def _quantize_rows(x, integers, scale, width, stored_width, BLOCK: tl.constexpr)
     rounded = round_to_int8(values, inverse)
     tl.store(integers + row * stored_width + columns, rounded, mask=columns < stored_width)
     tl.store(scale + row, row_scale)
+
+
+def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether rows of x are held by a program, and all offsets of the product by 32 bits."""
+    sizes = x.numel(), weight.numel(), x.shape[0] * weight.shape[0]
+    return x.dim() == 2 and x.shape[1] <= MAX_ROW and max(sizes) < 2**31
 
 
 def quantize_rows(x: torch.Tensor, multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
