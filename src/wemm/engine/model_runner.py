@@ -155,7 +155,7 @@ class ModelRunner:
         )
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(self.device)
+        return torch.from_numpy(values).to(self.device, non_blocking=True)
 
     def _row_error(self, hidden_finite: bool, logits_finite: bool) -> NumericalError | None:
         if hidden_finite and logits_finite:

@@ -1,7 +1,7 @@
 """Exact sums of the integers of each group on tensor cores, added up with their scales in float32.
 
-As in linear_int8, the rows of the weight are those of the result. Few tokens: a warp for each group, several groups
-at once. Many: one group after the other, in the largest products there are.
+As in linear_int8, the rows of the weight are those of the result. Few tokens: several groups at once, a warp for
+each. Many: one group after the other, in the largest products there are.
 """
 
 from __future__ import annotations
