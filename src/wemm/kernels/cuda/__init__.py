@@ -11,7 +11,11 @@ import logging
 import torch
 
 if importlib.util.find_spec("triton") is not None:
-    from wemm.kernels.cuda import vision_attention  # noqa: F401 - each module attaches itself
+    from wemm.kernels.cuda import (  # noqa: F401 - each module attaches itself
+        decode_attention,
+        prefill_attention,
+        vision_attention,
+    )
 else:
     logging.getLogger(__name__).info("Triton is not installed: CUDA ops run their definitions")
 
