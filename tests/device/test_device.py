@@ -41,10 +41,11 @@ def _full_float32(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("name", "implementation"), PAIRS)
-def test_parity(name, implementation, dtype):
-    assert _parity().check(OPS[name], implementation, dtype, torch.device("cuda")) > 0
+def test_parity(name, implementation):
+    parity = _parity()
+    ran = [parity.check(OPS[name], implementation, dtype, torch.device("cuda")) for dtype in parity.DTYPES]
+    assert any(ran), "a kernel that takes no case is never compared"
 
 
 def test_golden_answers(ask, golden_images):

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.ops.test_parity import check
+from tests.ops.test_parity import DTYPES, check
 from wemm.ops.registry import OPS
 
 KERNELS = [
@@ -19,7 +19,7 @@ KERNELS = [
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("op", "implementation"), KERNELS)
-def test_parity(op, implementation, dtype):
-    assert check(op, implementation, dtype, torch.device("cpu")) > 0
+def test_parity(op, implementation):
+    ran = [check(op, implementation, dtype, torch.device("cpu")) for dtype in DTYPES]
+    assert any(ran), "a kernel that takes no case is never compared"

@@ -10,21 +10,25 @@ import logging
 
 import torch
 
-if importlib.util.find_spec("triton") is not None:
+if importlib.util.find_spec("triton") is None:
+    logging.getLogger(__name__).info("Triton is not installed: CUDA ops run their definitions")
+elif torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+    logging.getLogger(__name__).info("a GPU before Ampere: CUDA ops run their definitions")
+else:
     from wemm.kernels.cuda import (  # noqa: F401 - each module attaches itself
         add_plora,
+        decode_attention,
         layer_norm,
         linear,
         linear_int4,
         linear_int8,
         linear_int8_gelu,
+        prefill_attention,
         rms_norm,
         rope_and_store_kv,
         silu_and_mul,
         vision_attention,
     )
-else:
-    logging.getLogger(__name__).info("Triton is not installed: CUDA ops run their definitions")
 
 
 def release_memory() -> None:
