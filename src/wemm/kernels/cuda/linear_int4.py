@@ -17,7 +17,7 @@ from wemm.ops.linear_int4 import linear_int4
 from wemm.quantization import INT4_GROUP, num_groups
 
 # Chosen by what they hold in registers and shared memory (99 KiB on the smaller GPUs); unmeasured.
-FEW = Tiles(tokens=16, outputs=16, inputs=4 * INT4_GROUP, num_warps=4, num_stages=5)
+FEW = (Tiles(8, 16, 4 * INT4_GROUP, 4, 5), Tiles(16, 32, 4 * INT4_GROUP, 4, 4))
 MANY = (Tiles(64, 64, INT4_GROUP, 4, 4), Tiles(128, 128, INT4_GROUP, 8, 3))
 
 
@@ -125,11 +125,11 @@ def _(
     integers, x_scale = quantize_rows(x, INT4_GROUP)
     out = torch.empty(num_tokens, outputs, dtype=x.dtype, device=x.device)
     given = integers, x_scale, weight, scale, bias, out, num_tokens, outputs, num_groups(x.shape[1])
-    tiles = tiles_for(num_tokens, (FEW, *MANY))
+    tiles = tiles_for(num_tokens, (*FEW, *MANY))
     shared = {"TOKENS": tiles.tokens, "OUTPUTS": tiles.outputs, "HALF": INT4_GROUP // 2}
     shared |= {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     grid = tiles.grid(num_tokens, outputs)
-    if tiles is FEW:
+    if tiles in FEW:
         _few_tokens[grid](*given, GROUPS=tiles.inputs // INT4_GROUP, **shared)
     else:
         _many_tokens[grid](*given, **shared)

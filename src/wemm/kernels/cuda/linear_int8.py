@@ -1,6 +1,6 @@
 """Exact sums of integers, on tensor cores for every number of tokens: a few tokens fill up their block with zeros.
 
-The rows of the weight are those of the tensor cores' result, tokens its columns, of which 16 are enough.
+The rows of the weight are those of the tensor cores' result, tokens its columns, of which 8 are enough.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from wemm.kernels.cuda.tiles import Tiles, tiles_for
 from wemm.ops.linear_int8 import linear_int8
 
 # Chosen by what they hold in registers and shared memory (99 KiB on the smaller GPUs); unmeasured.
-TILES = (Tiles(16, 16, 256, 2, 5), Tiles(64, 64, 128, 4, 4), Tiles(128, 128, 128, 8, 3))
+TILES = (Tiles(8, 16, 256, 2, 6), Tiles(16, 32, 256, 4, 5), Tiles(64, 64, 128, 4, 4), Tiles(128, 128, 128, 8, 3))
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
