@@ -57,3 +57,17 @@ def test_golden_answers(ask, golden_images):
             close = [i for i, margin in enumerate(case["greedy_margins"]) if margin <= 1e-3]
             comparable = close[0] if close else len(case["greedy_token_ids"])
             assert list(output.outputs[0].token_ids[:comparable]) == case["greedy_token_ids"][:comparable]
+
+
+def test_replayed_steps_are_computed_steps(ask):
+    """Alone, and three as four."""
+    questions = [ask("What is this?"), ask("为什么大海是蓝色的？"), ask("Once upon a time")]
+    params = SamplingParams(max_tokens=24, ignore_eos=True)
+    options = dict(dtype="float32", device="cuda", num_speculative_tokens=0, enable_prefix_caching=False)
+    with LLM("nano", **options) as replayed, LLM("nano", enforce_eager=True, **options) as eager:
+        for asked in (questions[:1], questions):
+            expected, got = eager.chat(asked, params), replayed.chat(asked, params)
+            assert [o.outputs[0].token_ids for o in got] == [o.outputs[0].token_ids for o in expected]
+        graphs = replayed._open.engine._runner._decode_graphs._graphs
+        assert graphs[1] is not None
+        assert graphs[4] is not None

@@ -64,13 +64,15 @@ class ModelRunner:
         self._config = config
         self._platform = platform
         self._dtype = dtype
-        # Never read before it is written, so memory is taken only as it is used.
+        # Never read before it is written, so memory is taken only as it is used. The last block is no sequence's:
+        # rows that fill up a recorded step write there.
         self._kv_cache = torch.empty(
-            model.kv_cache_shape(num_blocks, block_size, kv_cache_dtype),
+            model.kv_cache_shape(num_blocks + 1, block_size, kv_cache_dtype),
             dtype=kv_cache_dtype,
             device=platform.device,
         )
-        self._decode_graphs = DecodeGraphs(model, self._kv_cache, record) if record else None
+        sizes = platform.decode_graph_sizes
+        self._decode_graphs = DecodeGraphs(model, self._kv_cache, record, sizes) if record else None
         self._visual_embeds: dict[str, torch.Tensor] = {}
         self._encoding: tuple[ImageBatch, torch.Tensor] | None = None
 

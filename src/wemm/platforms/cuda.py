@@ -11,6 +11,7 @@ class CudaPlatform(Platform):
     """One CUDA device."""
 
     collective_backend = "nccl"
+    decode_graph_sizes = (1, 2, 4, 8, 16, 32, 64)
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)

@@ -31,8 +31,11 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Inside, the kernels for CUDA are those of the CPU, and the interpreter computes them."""
     import triton
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
     from triton.runtime.jit import JITFunction
+
+    from wemm.kernels.cuda.flash_attention import find_block
 
     for op in OPS.values():
         attached = [replace(i, device="cpu") for i in op.implementations if i.device == "cuda"]
@@ -47,9 +50,12 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         for name, value in list(vars(module).items()):
             if isinstance(value, JITFunction):
                 monkeypatch.setattr(module, name, InterpretedFunction(value.fn))
-    # The interpreter leaves part of the language patched: the compiler wants it back.
     language = tl, tl.core, tl.math, tl.core.tensor, tl.core.dtype, tl.core.tensor_descriptor_base
     with _restored(*language), np.errstate(all="ignore"):  # infinities come without a warning, as on a GPU
+        # Of the language and of its own library; the interpreter would do so at every call, and not undo all.
+        for function in (find_block.fn, tl.standard.sum.fn):
+            interpreter._patch_lang(function)
+        monkeypatch.setattr(interpreter, "_patch_lang", lambda function: interpreter._LangPatchScope())
         yield
 
 

@@ -11,7 +11,7 @@ from wemm.benchmark.ops import _Sizes, model_shapes
 from wemm.ops.registry import OPS
 
 SHAPES = model_shapes("wemm-chat-2k-cn")
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # of a block, at most: CUDA C++ Programming Guide, table 30
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # that a block may have, says the CUDA programming guide
 MAX_GRID = (2**31 - 1, 65_535, 65_535)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TARGETS = [

@@ -1,0 +1,37 @@
+"""CUDA graphs. Unverified: no GPU has run this."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+def record(function: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]] | None:
+    """Call it once for real and once to capture what it launches; None if it asks the device for a value.
+
+    All graphs share one pool of memory: a replay may overwrite what an earlier one left, its result excepted.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()  # compiles kernels and makes cuBLAS's workspaces, which a capture must not
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, pool=_pool(), stream=stream):
+            result = function()
+    except RuntimeError as error:
+        logger.warning("not captured: %s", str(error).splitlines()[0])
+        return None
+    return result, graph.replay
+
+
+@functools.cache
+def _pool() -> Any:
+    return torch.cuda.graph_pool_handle()
