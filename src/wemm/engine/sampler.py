@@ -169,7 +169,7 @@ def filtered_probs(logits: torch.Tensor, params: Sequence[SamplingParams]) -> to
 
 
 def _sent(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """On the device, without waiting for what it computes."""
+    """On the device, without waiting for what it computes where the driver does not insist."""
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 

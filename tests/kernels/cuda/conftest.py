@@ -6,7 +6,7 @@ import re
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pkgutil import iter_modules
 from types import ModuleType, SimpleNamespace
@@ -133,6 +133,7 @@ class Launch:
     registers: int
     stack_bytes: int
     """Of local memory, per thread: where registers are spilled."""
+    ptx: str = field(repr=False)
 
 
 @pytest.fixture
@@ -174,4 +175,4 @@ def _measured(kernel: Any, grid: tuple[int, ...], directory: Path) -> Launch:
     command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(binary)]
     usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
-    return Launch(kernel.metadata.name, grid, kernel.metadata.shared, registers, stack)
+    return Launch(kernel.metadata.name, grid, kernel.metadata.shared, registers, stack, kernel.asm["ptx"])

@@ -52,6 +52,24 @@ def test_kernels_take_cases_of_the_model(op, implementation):
     assert any(_taken(op, implementation, dtype) for dtype in DTYPES), "never compiled"
 
 
+@pytest.mark.parametrize(
+    ("name", "case", "kernel"),
+    [
+        ("linear_int8", "wo, decode 1", "_quantize_rows"),
+        ("rope_and_store_kv", "prefill 1024, int8", "_rope_and_store_kv"),
+    ],
+)
+def test_numbers_are_rounded_before_they_become_integers(name, case, kernel, compiled):
+    """As the definition rounds them: a product and a sum are two instructions. The interpreter fuses none."""
+    arguments = OPS[name].model_cases(_Sizes(torch.bfloat16), SHAPES)[case]()
+    [implementation] = [i for i in OPS[name].implementations if i.name == "triton"]
+    [launch] = [
+        found for found in compiled(90, lambda: implementation.function(*arguments)) if found.name == kernel
+    ]
+    assert "add.rn.f32" in launch.ptx
+    assert "fma" not in launch.ptx
+
+
 def _taken(op, implementation, dtype):
     cases = [case() for case in op.model_cases(_Sizes(dtype), SHAPES).values()]
     return [arguments for arguments in cases if implementation.supports(*arguments)]
