@@ -53,7 +53,7 @@ def test_any_number_of_tokens(inputs, tokens):
 
 
 @pytest.mark.parametrize(("scheme", "op"), [("int8", linear_int8), ("int4", linear_int4)])
-@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("tokens", [1, 9, 65])
 def test_sums_of_integers_are_exact(inputs, scheme, op, tokens):
     """Scales of 1: the result is the integers' product, to the last bit."""
     x = torch.randint(-127, 128, (tokens, 256), generator=torch.Generator().manual_seed(tokens)).float()
