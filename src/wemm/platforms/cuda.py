@@ -23,6 +23,11 @@ class CudaPlatform(Platform):
             return "float16"
         return checkpoint_dtype
 
+    def select(self) -> None:
+        """Triton asks for the current device of the thread, not for that of its arguments."""
+        if self.device.index is not None:
+            torch.cuda.set_device(self.device)
+
     def synchronize(self) -> None:
         """Wait for the device."""
         torch.cuda.synchronize(self.device)

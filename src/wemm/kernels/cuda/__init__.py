@@ -10,14 +10,13 @@ import logging
 
 import torch
 
-from wemm.kernels.cuda.recording import record  # noqa: F401 - called by wemm.kernels
-
 if importlib.util.find_spec("triton") is not None:
     from wemm.kernels.cuda import (  # noqa: F401 - each module attaches itself
         decode_attention,
         prefill_attention,
         vision_attention,
     )
+    from wemm.kernels.cuda.recording import record  # noqa: F401 - called by wemm.kernels
 else:
     logging.getLogger(__name__).info("Triton is not installed: CUDA ops run their definitions")
 
