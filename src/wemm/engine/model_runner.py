@@ -89,6 +89,7 @@ class ModelRunner:
     @torch.inference_mode()
     def encode(self, vision: VisionSlice) -> list[NumericalError | None]:
         """Some layers of the tower; behind the last one the downsampler, and embeddings to keep."""
+        self._platform.select()
         tower = self._model.vision_tower
         if vision.first_layer == 0:
             packed = image_batch(vision.images, self._config.vision, self._dtype, self.device)
@@ -124,6 +125,7 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(self, model_input: ModelInput) -> tuple[torch.Tensor, list[NumericalError | None]]:
         """Logits float32 [num_logits, vocab_size], and per row what is wrong with it."""
+        self._platform.select()
         batch = self._batch(model_input)
         hidden = self._decode_graphs.forward(batch) if self._decode_graphs else None
         if hidden is None:

@@ -44,5 +44,8 @@ class Platform:
     def release(self) -> None:
         """Give the process back what `occupy` took."""
 
+    def select(self) -> None:
+        """Before a step: what this thread launches runs here."""
+
     def synchronize(self) -> None:
         """Wait until everything queued is done, so that clocks tell the truth."""

@@ -13,12 +13,6 @@ class CudaPlatform(Platform):
     collective_backend = "nccl"
     decode_graph_sizes = (1, 2, 4, 8, 16, 32, 64)
 
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        # Triton launches on the current device, wherever its tensors lie.
-        if device.index is not None:
-            torch.cuda.set_device(device)
-
     def available_memory(self) -> int | None:
         """Bytes the driver has free."""
         return torch.cuda.mem_get_info(self.device)[0]
@@ -28,6 +22,11 @@ class CudaPlatform(Platform):
         if checkpoint_dtype == "bfloat16" and torch.cuda.get_device_capability(self.device) < (8, 0):
             return "float16"
         return checkpoint_dtype
+
+    def select(self) -> None:
+        """Triton asks for the current device of the thread, not for that of its arguments."""
+        if self.device.index is not None:
+            torch.cuda.set_device(self.device)
 
     def synchronize(self) -> None:
         """Wait for the device."""

@@ -10,8 +10,6 @@ import logging
 
 import torch
 
-from wemm.kernels.cuda.recording import record  # noqa: F401 - called by wemm.kernels
-
 if importlib.util.find_spec("triton") is None:
     logging.getLogger(__name__).info("Triton is not installed: CUDA ops run their definitions")
 elif torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
@@ -31,6 +29,7 @@ else:
         silu_and_mul,
         vision_attention,
     )
+    from wemm.kernels.cuda.recording import record  # noqa: F401 - called by wemm.kernels
 
 
 def release_memory() -> None:

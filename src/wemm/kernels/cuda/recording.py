@@ -19,16 +19,17 @@ def record(function: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
         function()  # compiles kernels and makes cuBLAS's workspaces, which a capture must not
+        try:
+            # Other threads may use the device meanwhile.
+            with torch.cuda.graph(graph, _pool(), stream, capture_error_mode="thread_local"):
+                result = function()
+        except RuntimeError as error:
+            logger.warning("not captured: %s", str(error).splitlines()[0])
+            return None
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, pool=_pool(), stream=stream):
-            result = function()
-    except RuntimeError as error:
-        logger.warning("not captured: %s", str(error).splitlines()[0])
-        return None
     return result, graph.replay
 
 
