@@ -51,11 +51,16 @@ class _Graph:
     replay: Callable[[], None]
 
 
+def num_spare_blocks(sizes: Sequence[int]) -> int:
+    """Of the cache, beyond those of sequences: where rows that fill a step up write. 0 if no size is missing."""
+    return int(len(sizes) < max(sizes, default=0))
+
+
 class DecodeGraphs:
     """One recording per size, a number of sequences, made when it is first met."""
 
     def __init__(self, model: WemmModel, kv_cache: torch.Tensor, record: Record, sizes: Sequence[int]) -> None:
-        """The last block of the cache belongs to the rows that fill a step up to the next of `sizes`."""
+        """Steps of fewer sequences than one of `sizes` are filled up to it; `kv_cache` has their spare block."""
         self._model = model
         self._kv_cache = kv_cache
         self._record = record

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from wemm.config import ModelConfig
-from wemm.engine.decode_graphs import DecodeGraphs
+from wemm.engine.decode_graphs import DecodeGraphs, num_spare_blocks
 from wemm.engine.model_input import ModelInput
 from wemm.engine.scheduler import VisionSlice
 from wemm.engine.vision_encode import image_batch
@@ -64,14 +64,13 @@ class ModelRunner:
         self._config = config
         self._platform = platform
         self._dtype = dtype
-        # Never read before it is written, so memory is taken only as it is used. The last block is no sequence's:
-        # rows that fill up a recorded step write there.
+        sizes = platform.decode_graph_sizes if record else ()
+        # Never read before it is written, so memory is taken only as it is used.
         self._kv_cache = torch.empty(
-            model.kv_cache_shape(num_blocks + 1, block_size, kv_cache_dtype),
+            model.kv_cache_shape(num_blocks + num_spare_blocks(sizes), block_size, kv_cache_dtype),
             dtype=kv_cache_dtype,
             device=platform.device,
         )
-        sizes = platform.decode_graph_sizes
         self._decode_graphs = DecodeGraphs(model, self._kv_cache, record, sizes) if record else None
         self._visual_embeds: dict[str, torch.Tensor] = {}
         self._encoding: tuple[ImageBatch, torch.Tensor] | None = None
