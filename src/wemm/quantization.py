@@ -158,6 +158,12 @@ def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
     return torch.cat((groups & 15, groups >> 4), -1).to(torch.float32) - _INT4_ZERO
 
 
+def round_int4(weight: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """The nearest integers in [-8, 7], as float32; with scale 0: 0."""
+    inverse = (1 / scale.to(torch.float32)).nan_to_num_(0, 0, 0)
+    return torch.mul(weight, inverse, out=out).round_().clamp_(-8, 7)
+
+
 _INT4_AT_ONCE = 2**17
 """Weights quantised at a time: with what is made of them on the way they stay in a cache."""
 
@@ -174,7 +180,7 @@ def _quantize_groups(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     power = torch.exp2(torch.where(finite, furthest, 0).frexp().exponent.clamp(-126, 126).to(torch.float32))
     groups = torch.where(finite, groups / power, 0)
     scale = _least_error_scale(groups, torch.where(finite, furthest / power, 0))
-    integers = _round_int4(groups, scale, torch.empty_like(groups))
+    integers = round_int4(groups, scale, torch.empty_like(groups))
     return integers, torch.where(finite, scale.to(torch.float32) * power, torch.nan).squeeze(-1).to(torch.bfloat16)
 
 
@@ -185,7 +191,7 @@ def _least_error_scale(groups: torch.Tensor, furthest: torch.Tensor) -> torch.Te
     integers, scratch = torch.empty_like(groups), torch.empty_like(groups)
 
     def try_scale(scale: torch.Tensor) -> None:
-        _round_int4(groups, scale, integers)
+        round_int4(groups, scale, integers)
         torch.mul(integers, scale.to(torch.float32), out=scratch)
         error = scratch.sub_(groups).square_().sum(-1, keepdim=True)
         better = error < least
@@ -199,8 +205,3 @@ def _least_error_scale(groups: torch.Tensor, furthest: torch.Tensor) -> torch.Te
         squares = torch.mul(integers, integers, out=scratch).sum(-1, keepdim=True)
         try_scale((products / squares).nan_to_num_(0, 0, 0).to(torch.bfloat16))
     return best
-
-
-def _round_int4(groups: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    inverse = (1 / scale.to(torch.float32)).nan_to_num_(0, 0, 0)
-    return torch.mul(groups, inverse, out=out).round_().clamp_(-8, 7)

@@ -24,9 +24,12 @@ from wemm.quantization import quantize_kv
 load_kernels("cpu")
 BUILT = importlib.util.find_spec("wemm.kernels.cpu._kernels") is not None
 pytestmark = pytest.mark.skipif(not BUILT, reason="the C++ extension is not built here")
+if BUILT:
+    from wemm.kernels.cpu.linear import MAX_TOKENS
 CPP = [name for name, op in OPS.items() if any(i.name == "cpp" for i in op.implementations)]
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 SEEDS = st.integers(0, 2**31)
+TOKENS = st.integers(0, MAX_TOKENS[torch.bfloat16] if BUILT else 0)
 FUZZ = settings(max_examples=40, deadline=None, derandomize=True)
 
 
@@ -77,14 +80,43 @@ def _normal(seed, *shapes, dtype):
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
-@FUZZ
-@given(
-    tokens=st.integers(0, 4), out=st.integers(1, 300), width=st.integers(1, 200), bias=st.booleans(), seed=SEEDS
-)
-def test_linear_of_any_shape(tokens, out, width, bias, seed):
+def _linear_arguments(tokens, out, width, bias, seed):
     x, weight, offset = _normal(seed, (tokens, width), (out, width), (out,), dtype=torch.bfloat16)
-    weight = (weight * width**-0.5).to(torch.bfloat16)
-    _compare(linear, (x, weight, offset if bias else None))
+    return x, (weight * width**-0.5).to(torch.bfloat16), offset if bias else None
+
+
+@FUZZ
+@given(tokens=TOKENS, out=st.integers(1, 300), width=st.integers(1, 200), bias=st.booleans(), seed=SEEDS)
+def test_linear_of_any_shape(tokens, out, width, bias, seed):
+    _compare(linear, _linear_arguments(tokens, out, width, bias, seed))
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("tokens", [5, 16, 17, 32, 33])
+@pytest.mark.parametrize(("out", "width"), [(31, 64), (33, 30), (95, 515), (330, 4096)])
+def test_linear_where_tiles_end(isa, tokens, out, width, bias):
+    """Called as bound: how many tokens the implementation takes depends on the machine."""
+    from wemm.kernels.cpu import _kernels
+    from wemm.kernels.cpu.tensors import as_argument
+
+    x, weight, offset = _linear_arguments(tokens, out, width, bias, 0)
+    got = torch.full((tokens, out), torch.nan, dtype=x.dtype)
+    _kernels.linear(as_argument(x), as_argument(weight), as_argument(offset) if bias else None, as_argument(got))
+    expected = F.linear(x.float(), weight.float(), offset.float() if bias else None)
+    torch.testing.assert_close(got.float(), expected, rtol=2**-8, atol=1e-3)
+
+
+def test_linear_keeps_what_is_not_finite_in_its_token_and_row(isa):
+    from wemm.kernels.cpu import _kernels
+    from wemm.kernels.cpu.tensors import as_argument
+
+    x, weight, _ = _linear_arguments(20, 70, 90, False, 0)
+    x[3, 89], weight[69, 0] = torch.nan, torch.inf
+    got = torch.zeros(20, 70, dtype=x.dtype)
+    _kernels.linear(as_argument(x), as_argument(weight), None, as_argument(got))
+    expected = torch.ones(20, 70, dtype=torch.bool)
+    expected[3], expected[:, 69] = False, False
+    assert torch.equal(got.isfinite(), expected)
 
 
 @FUZZ

@@ -104,7 +104,9 @@ def test_sums_of_integers_are_exact(tokens, out, groups, ends, isa, seed):
 
 
 @pytest.mark.parametrize("isa", [AVX512, AMX], ids=["AVX-512", "AMX"])
-@pytest.mark.parametrize(("tokens", "out", "width"), [(5, 260, 4096), (530, 140, 1400), (33, 1000, 14336)])
+@pytest.mark.parametrize(
+    ("tokens", "out", "width"), [(5, 260, 4096), (17, 333, 14336), (530, 140, 1400), (33, 1000, 14336)]
+)
 def test_more_tokens_and_rows_than_one_thread_takes_at_once(isa, tokens, out, width):
     if not _takes(isa, tokens):
         pytest.skip("needs AVX-512 VNNI")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 
 import pytest
 
@@ -43,6 +44,18 @@ def test_mistakes_are_named(options, message, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert message in error
+
+
+def test_no_model_is_loaded_for_a_service_that_cannot_listen(monkeypatch, capsys):
+    loaded = []
+    monkeypatch.setattr("wemm.server.serve.AsyncLLM", lambda **options: loaded.append(options))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert main(["serve", "--model", "nano", "--port", port]) == 2
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in capsys.readouterr().err
+    assert main(["serve", "--model", "nano", "--port", "0", "--host", "0.0.0.0"]) == 2
+    assert "--allow-public" in capsys.readouterr().err
+    assert loaded == []
 
 
 def test_a_model_must_be_named(capsys):

@@ -26,6 +26,8 @@ from wemm.errors import CheckpointError, ConfigError, ModelNotFoundError, Parame
 from wemm.request import SamplingParams
 
 BUNDLED_DIRECTORY = Path(__file__).parent.parent / "bundled"
+CALIBRATION_KEY = "calibration"
+"""In the metadata of a file: how its weights of int4 were calibrated."""
 _HUB_PATTERNS = ["*.safetensors", "*.json", "tokenizer.model"]
 _NAMES_SHOWN = 6
 
@@ -53,6 +55,13 @@ class Checkpoint:
         stored = [tensor.dtype for tensor in self.tensors.values() if tensor.dtype in STORED_DTYPES]
         return self.config.dtype or STORED_DTYPES[max(set(stored), key=stored.count)]
 
+    @property
+    def calibration(self) -> str | None:
+        """How its int4 was calibrated, as its files say; None: it was not."""
+        file = next(tensor.file for tensor in self.tensors.values())
+        with open_shard(file) as shard:
+            return (shard.metadata() or {}).get(CALIBRATION_KEY)
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor in float32, whichever way it is stored. Raises CheckpointError."""
         spec = self.specs[name]
@@ -67,11 +76,12 @@ class Checkpoint:
             value: torch.Tensor = shard.get_tensor(stored.name)
         return value
 
-    def tensors_by_file(self) -> Mapping[Path, list[StoredTensor]]:
-        """In the order in which reading them opens every file once."""
+    def tensors_by_file(self, part: str = "") -> Mapping[Path, list[StoredTensor]]:
+        """Those of a submodule of our model, in the order in which reading them opens every file once."""
         by_file: dict[Path, list[StoredTensor]] = defaultdict(list)
         for tensor in self.tensors.values():
-            by_file[tensor.file].append(tensor)
+            if self.specs[tensor.key].parameter.startswith(f"{part}." if part else ""):
+                by_file[tensor.file].append(tensor)
         return by_file
 
 

@@ -14,16 +14,16 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from wemm.checkpoint.adapter import ADAPTER_CONFIG_NAME, ADAPTER_ID, ADAPTER_MAP_NAME
-from wemm.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from wemm.checkpoint.checkpoint import CALIBRATION_KEY, Checkpoint, open_checkpoint
 from wemm.checkpoint.config_file import quantization_section
 from wemm.checkpoint.json_file import read_json
 from wemm.checkpoint.shards import (
@@ -55,6 +55,24 @@ class Converted:
     num_tensors: int
     num_bytes: int
     num_shards: int
+    calibration: str | None
+    """How int4 was calibrated."""
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Weights that were quantised for the inputs they meet."""
+
+    method: str
+    num_samples: int
+    weights: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    """By name: integers and scale."""
+
+    def __str__(self) -> str:
+        return f"{self.method}, {self.num_samples} samples"
+
+
+Calibrate = Callable[[Checkpoint], Calibrated]
 
 
 @dataclass(frozen=True)
@@ -78,6 +96,12 @@ class _Form:
     dtype: str
     """Of all that is not quantised."""
     quantization: QuantizationConfig
+    calibrated: Calibrated | None = None
+
+    @property
+    def calibration(self) -> str | None:
+        """How int4 was calibrated, now or before."""
+        return str(self.calibrated) if self.calibrated else self.checkpoint.calibration
 
     @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -93,6 +117,8 @@ class _Form:
     def values(self, tensor: StoredTensor, value: torch.Tensor) -> Sequence[torch.Tensor]:
         """Their numbers, in the same order."""
         spec = self.specs[tensor.key]
+        if self.calibrated is not None and spec.name in self.calibrated.weights:
+            return self.calibrated.weights[spec.name]
         if spec.scheme is not None and self._quantizes(spec):
             return spec.scheme.quantize(value)
         return [value.to(self._dtype(spec))]
@@ -112,10 +138,12 @@ def convert(
     force: bool = False,
     progress: ProgressBar = silent,
     quantization: QuantizationConfig = UNQUANTIZED,
+    calibrate: Calibrate | None = None,
 ) -> Converted:
     """Write `source` to `target` with renamed tensors in `dtype` (default: the source's own).
 
-    Weights that `quantization` names are quantised; those that already are stay as they are.
+    Weights that `quantization` names are quantised, by `calibrate` where it does; those that already are stay as
+    they are.
     Raises CheckpointError if the source is not complete, StorageError if the target exists (unless
     `force`), the disk is too small or refuses.
     """
@@ -123,6 +151,8 @@ def convert(
         raise ParameterError(f"dtype must be {', '.join(DTYPES)}. Given: {dtype!r}")
     checkpoint = open_checkpoint(source)
     form = _Form(checkpoint, dtype or checkpoint.dtype, quantization.over(checkpoint.config.quantization))
+    if calibrate is not None:
+        _check_calibration(checkpoint, quantization)
     target = Path(os.path.expanduser(target)).absolute()  # noqa: PTH111 - leaves an unknown ~user alone
     _check_target(checkpoint, target, force)
     with _storage_errors(target), _new_directory(target, force) as partial:
@@ -130,6 +160,8 @@ def convert(
         new = {name: [new for t in tensors for new in form.of(t)] for name, tensors in shards.items()}
         total = sum(tensor.num_bytes for tensors in new.values() for tensor in tensors)
         _check_free_space(checkpoint, total, partial)
+        if calibrate is not None:
+            form = replace(form, calibrated=calibrate(checkpoint))
         with progress("quantising" if quantization else "converting", total, "bytes") as advance:
             for name, tensors in shards.items():
                 _write_shard(partial / name, tensors, form, advance)
@@ -139,7 +171,17 @@ def convert(
         })  # fmt: skip
         _write_side_files(form, partial, target)
         _verify(partial, form)
-    return Converted(target, len(form.specs), total, len(shards))
+    return Converted(target, len(form.specs), total, len(shards), form.calibration)
+
+
+def _check_calibration(checkpoint: Checkpoint, quantization: QuantizationConfig) -> None:
+    if quantization.language != "int4":
+        raise ParameterError(f"only int4 is calibrated: give --scheme int4. Given: {quantization.language!r}")
+    stored = checkpoint.config.quantization.language
+    if stored is not None:
+        raise ParameterError(
+            f"{checkpoint.directory} is already quantised to {stored}: calibrate the float checkpoint"
+        )
 
 
 def _check_target(checkpoint: Checkpoint, target: Path, force: bool) -> None:
@@ -227,6 +269,8 @@ def _write_shard(path: Path, tensors: list[StoredTensor], form: _Form, advance: 
     metadata = {"format": "pt", DIGEST_KEY: "0" * 64}
     if form.quantization:
         metadata["quantization"] = str(form.quantization)
+    if form.calibration:
+        metadata[CALIBRATION_KEY] = form.calibration
     header: dict[str, object] = {"__metadata__": metadata}
     offset = 0
     for new in (new for tensor in tensors for new in form.of(tensor)):

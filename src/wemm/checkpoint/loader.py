@@ -34,13 +34,15 @@ def load_weights(
     device: torch.device,
     tensor_parallel: TensorParallel = SINGLE,
     advance: Advance = lambda num_bytes: None,
+    part: str = "",
 ) -> None:
     """Fill every parameter of `model` (built on the meta device) with its slice of the checkpoint.
 
-    At any moment one tensor exists twice (file and memory). Raises CheckpointError.
+    With `part`, the name of a submodule, only those in it. At any moment one tensor exists twice (file and
+    memory). Raises CheckpointError.
     """
-    places = _places(model)
-    for file, tensors in checkpoint.tensors_by_file().items():
+    places = _places(model.get_submodule(part), part)
+    for file, tensors in checkpoint.tensors_by_file(part).items():
         with open_shard(file) as shard:
             for tensor in tensors:
                 spec = checkpoint.specs[tensor.key]
@@ -51,8 +53,9 @@ def load_weights(
                     advance(place.num_bytes(dtype))
                 else:
                     scale = places.pop(spec.parameter + SCALE_SUFFIX)
-                    for filled, part in zip((place, scale), place.scheme.quantize(values.to(device)), strict=True):
-                        filled.fill(empty_weight(part.shape, part.dtype, device).copy_(part))
+                    quantized = place.scheme.quantize(values.to(device))
+                    for filled, value in zip((place, scale), quantized, strict=True):
+                        filled.fill(empty_weight(value.shape, value.dtype, device).copy_(value))
                         advance(filled.num_bytes(dtype))
     if places:
         raise IntegrityError(f"parameters without a tensor: {', '.join(sorted(places))}")
@@ -129,10 +132,10 @@ class _Place:
         setattr(self.module, self.attribute, nn.Parameter(value, requires_grad=False))
 
 
-def _places(model: nn.Module) -> dict[str, _Place]:
+def _places(model: nn.Module, path: str = "") -> dict[str, _Place]:
     return {
         f"{prefix}.{name}" if prefix else name: _Place(module, name)
-        for prefix, module in model.named_modules()
+        for prefix, module in model.named_modules(prefix=path)
         for name, _ in module.named_parameters(recurse=False)
     }
 

@@ -68,6 +68,7 @@ def build_report(model: str, source: Source, width: int, height: int) -> dict[st
         "directory": str(checkpoint.directory) if checkpoint else None,
         "dtype": source.dtype,
         "quantization": asdict(source.config.quantization),
+        "calibration": checkpoint.calibration if checkpoint else None,
         "architecture": {
             "vision": asdict(source.config.vision),
             "downsampler": asdict(source.config.downsampler),
@@ -128,7 +129,7 @@ def _print(report: dict[str, Any]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     text, vision = report["architecture"]["text"], report["architecture"]["vision"]
     stored = QuantizationConfig(**report["quantization"])
-    kept = f"{report['dtype']}, {stored}" if stored else report["dtype"]
+    kept = ", ".join(filter(None, (report["dtype"], str(stored) if stored else None, report["calibration"])))
     console.print(f"[bold]{report['model']}[/bold]  {kept}  {report['directory'] or '(no files)'}")
     console.print(
         f"vision tower  {vision['num_hidden_layers']} layers, {vision['hidden_size']} wide, "

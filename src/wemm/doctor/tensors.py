@@ -56,7 +56,8 @@ def check_inventory(checkpoint: Checkpoint) -> Check:
     mix = " + ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common())
     detail = f"{len(checkpoint.tensors)} tensors, {sum(parameters.values()):,} parameters, {mix}"
     if checkpoint.config.quantization:
-        detail = f"{detail}; quantised: {checkpoint.config.quantization}"
+        calibration = f" ({checkpoint.calibration})" if checkpoint.calibration else ""
+        detail = f"{detail}; quantised: {checkpoint.config.quantization}{calibration}"
     figures: dict[str, Any] = {"tensors": dict(counts), "parameters": parameters, "dtypes": dict(dtypes)}
     if len(dtypes) > 1:
         return Check("tensors", WARN, f"{detail}: stored in several dtypes", figures=figures)

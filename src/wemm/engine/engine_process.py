@@ -125,11 +125,11 @@ class EngineProcess:
     def __init__(self, config: EngineConfig, progress: ProgressBar) -> None:
         """Start it and wait until it is up. Raises what `LLM` raises."""
         ours, theirs = socket.socketpair()
-        with theirs:
+        with ours, theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "wemm.engine.engine_host", str(theirs.fileno())], pass_fds=[theirs.fileno()]
             )
-        self._pipe = Pipe(ours.detach())
+            self._pipe = Pipe(ours.detach())
         self._orders: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._closing = False
         try:

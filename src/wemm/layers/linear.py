@@ -44,6 +44,12 @@ class QuantizableLinear(nn.Module):
             return {}
         return {"weight": self.scheme.weight_dtype, "weight_scale": self.scheme.scale_dtype}
 
+    def store(self, scheme: Scheme, weight: torch.Tensor, scale: torch.Tensor) -> None:
+        """From now on W is what `scheme` made of it."""
+        self.scheme = scheme
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+
     def product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """[num_tokens, in] → [num_tokens, out]."""
         if self.scheme is None or self.weight_scale is None:

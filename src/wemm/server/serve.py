@@ -86,7 +86,14 @@ async def _run(
     def drain() -> None:
         service.draining = True
 
+    is_listening = asyncio.Event()
+
+    def announce(urls: Sequence[str]) -> None:
+        on_started(urls)
+        is_listening.set()
+
     async def keep_engine() -> None:
+        await is_listening.wait()  # no model is loaded for a service that may not listen, or cannot
         await supervisor.start()
         await supervisor.run()
 
@@ -95,7 +102,7 @@ async def _run(
             _listeners(server, service, api_keys),
             limits=limits,
             drain_timeout=server.drain_timeout,
-            on_started=on_started,
+            on_started=announce,
             on_drain=drain,
             allow_public=server.allow_public,
         )

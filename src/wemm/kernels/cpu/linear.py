@@ -1,5 +1,5 @@
-"""Few tokens: every weight is read once, at the speed of memory. Many are oneDNN's where it has a product of the
-dtype; where it has none, torch's own is ten times slower than MKL's in float32.
+"""Few tokens, up to 32 on matrix tiles: every weight is read once, at the speed of memory. Many are oneDNN's where
+it has a product of the dtype; where it has none, torch's own is ten times slower than MKL's in float32.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ HAS_PRODUCT = {
 }
 """oneDNN's, on this processor."""
 # From here on the other is faster: docs/performance.md.
+_HAS_TILES = _kernels.isa() == 3
 MAX_TOKENS = {
-    torch.bfloat16: 4 if HAS_PRODUCT[torch.bfloat16] else 64,
+    torch.bfloat16: 64 if not HAS_PRODUCT[torch.bfloat16] else 32 if _HAS_TILES else 4,
     torch.float16: 8 if HAS_PRODUCT[torch.float16] else 64,
 }
 PIECE = 2**21

@@ -9,6 +9,7 @@
 #define WEMM_THIS_FILE "linear.cpp"
 #include "foreach_isa.h"
 #include "kernels.h"
+#include "linear.h"
 
 namespace wemm {
 namespace {
@@ -65,9 +66,13 @@ void linear(const TensorArgument& x_argument, const TensorArgument& weight_argum
     bias = given.address;
   }
   contract.require(x.dtype == DType::bfloat16 || x.dtype == DType::float16, "takes bfloat16 or float16");
-  if (contract["num_tokens"] == 0) return;
+  const std::int64_t tokens = contract["num_tokens"];
+  if (tokens == 0) return;
   if (x.dtype == DType::float16) {
     multiply(x, weight, reinterpret_cast<const float16*>(bias), out);
+  } else if (tokens > kMaxGemvTokens && tokens <= kMaxTileTokens && isa() == Isa::amx) {
+    linear_amx(x.data<bfloat16>(), tokens, weight.data<bfloat16>(), reinterpret_cast<const bfloat16*>(bias),
+               contract["out"], contract["in"], out.data<bfloat16>());
   } else {
     multiply(x, weight, reinterpret_cast<const bfloat16*>(bias), out);
   }

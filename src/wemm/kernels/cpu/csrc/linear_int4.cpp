@@ -3,7 +3,6 @@
 #ifndef WEMM_COMPILING_FOR_ISA
 
 #include <algorithm>
-#include <memory>
 #include <vector>
 
 #include "linear_int4.h"
@@ -15,8 +14,6 @@
 
 namespace wemm {
 namespace {
-
-constexpr std::int64_t kTilesPerJob = 32;  // 512 tokens: sums of a job stay in the second-level cache
 
 // What the sum of a group begins with: each of its half bytes is 8 too large.
 std::int32_t start_of(const std::int8_t* group) {
@@ -69,66 +66,6 @@ void few_tokens(const Int4Weight& weight, const T* x, std::int64_t tokens, std::
       for (std::int64_t r = 0; r < rows; ++r) {
         out[m * weight.outputs + first + r] = from_float<T>(sums[m * kInt4JobRows + r] * x_scale[m] + bias[first + r]);
       }
-    }
-  }
-}
-
-// Rounded to int8, as Int4Tiles wants them.
-struct PackedTokens {
-  std::unique_ptr<std::int8_t[]> x;
-  std::vector<std::int32_t> start;
-  std::vector<float> scale;
-};
-
-template <typename T>
-PackedTokens pack(const T* x, std::int64_t tokens, std::int64_t width, std::int64_t groups) {
-  const std::int64_t tiles = (tokens + 15) / 16, padded = groups * kInt4Group;
-  const std::int64_t stride = padded + 64;  // rows a power of two apart would share a set of the cache
-  PackedTokens packed{std::unique_ptr<std::int8_t[]>(new std::int8_t[tiles * 16 * padded]),
-                      std::vector<std::int32_t>(tiles * groups * 16), std::vector<float>(tiles * 16)};
-#pragma omp parallel if (tiles > 1)
-  {
-    std::vector<std::int8_t> rows(16 * stride);
-#pragma omp for schedule(static)
-    for (std::int64_t tile = 0; tile < tiles; ++tile) {
-      const std::int64_t some = std::min<std::int64_t>(16, tokens - tile * 16);
-      quantize_rows(x + tile * 16 * width, some, width, stride, rows.data(), packed.scale.data() + tile * 16);
-      std::fill(rows.begin() + some * stride, rows.end(), 0);
-      std::int8_t* to = packed.x.get() + tile * 16 * padded;
-      for (std::int64_t k = 0; k < padded; k += 4) {
-        for (std::int64_t t = 0; t < 16; ++t, to += 4) std::memcpy(to, rows.data() + t * stride + k, 4);
-      }
-      std::int32_t* start = packed.start.data() + tile * groups * 16;
-      for (std::int64_t g = 0; g < groups; ++g) {
-        for (std::int64_t t = 0; t < 16; ++t) start[g * 16 + t] = start_of(rows.data() + t * stride + g * kInt4Group);
-      }
-    }
-  }
-  return packed;
-}
-
-template <typename T>
-void linear_int4_amx(const Int4Weight& weight, const T* x, std::int64_t tokens, std::int64_t width, const float* bias,
-                 T* out) {
-  const PackedTokens packed = pack(x, tokens, width, weight.groups);
-  const std::int64_t tiles = (tokens + 15) / 16, tiles_per_job = std::min(tiles, kTilesPerJob);
-  // With few tiles a job's time is the reading of its rows, best done one behind the other.
-  const std::int64_t rows_per_job = tiles <= 4 ? 32 : kInt4JobRows;
-  const std::int64_t columns = (tiles + tiles_per_job - 1) / tiles_per_job;
-  const std::int64_t jobs = (weight.outputs + rows_per_job - 1) / rows_per_job * columns;
-#pragma omp parallel if (jobs > 1)
-  {
-    std::vector<float> sums((tiles_per_job + 1) / 2 * kInt4JobRows * 32);
-#pragma omp for schedule(dynamic)
-    for (std::int64_t job = 0; job < jobs; ++job) {
-      const std::int64_t first = job / columns * rows_per_job, rows = std::min(rows_per_job, weight.outputs - first);
-      const std::int64_t tile = job % columns * tiles_per_job, count = std::min(tiles_per_job, tiles - tile);
-      const std::int64_t at = tile * weight.groups;
-      int4_tiles_amx(weight, first, rows, {packed.x.get() + at * kInt4TileBytes, packed.start.data() + at * 16, count},
-                     sums.data());
-      int4_finish_amx(sums.data(), packed.scale.data() + tile * 16, bias + first, rows,
-                  std::min(count * 16, tokens - tile * 16), weight.outputs,
-                  out + tile * 16 * weight.outputs + first);
     }
   }
 }

@@ -26,25 +26,10 @@ constexpr std::int64_t kInt4JobRows = 128;
 void int4_rows_vnni(const Int4Weight& weight, std::int64_t first, std::int64_t rows, const std::int8_t* x,
                     const std::int32_t* start, std::int64_t tokens, float* sums);
 
-// Many tokens on matrix tiles, of 16: of every four inputs, those of the 16 tokens side by side.
-constexpr std::int64_t kInt4TileBytes = 16 * kInt4Group;  // of a group
-
-struct Int4Tiles {
-  const std::int8_t* x;       // [count, groups, 32, 16, 4]
-  const std::int32_t* start;  // [count, groups, 16]
-  std::int64_t count;
-};
-
-// Sums of a job: [count / 2, kInt4JobRows, 32].
-void int4_tiles_amx(const Int4Weight& weight, std::int64_t first, std::int64_t rows, const Int4Tiles& tokens,
-                    float* sums);
-
-// out [tokens, outputs], from its column for the first row on = sums of a job * x_scale + bias.
+// More tokens. x: [tokens, width]. Both paths add up the same numbers in the same order.
 template <typename T>
-void int4_finish_amx(const float* sums, const float* x_scale, const float* bias, std::int64_t rows,
-                     std::int64_t tokens, std::int64_t outputs, T* out);
-
-// Many tokens without matrix tiles. Both paths add up the same numbers in the same order.
+void linear_int4_amx(const Int4Weight& weight, const T* x, std::int64_t tokens, std::int64_t width, const float* bias,
+                     T* out);
 template <typename T>
 void linear_int4_vnni(const Int4Weight& weight, const T* x, std::int64_t tokens, std::int64_t width, const float* bias,
                       T* out);

@@ -1,6 +1,6 @@
-// linear_int8 for many tokens on matrix tiles: blocks of 32 tokens x 32 outputs.
+// linear_int8 on matrix tiles: up to 32 tokens by linear_amx.h, more in blocks of 32 tokens x 32 outputs.
 //
-// Tokens are rounded to int8 and used as they lie. Weights are transposed as they are used, up to 256 outputs at a time: in a
+// Of many, tokens are rounded to int8 and used as they lie. Weights are transposed as they are used, up to 256 outputs at a time: in a
 // tile, four inputs of 16 outputs lie side by side. So sums come out as the result is written, outputs side by side.
 
 #include "linear_int8.h"
@@ -13,6 +13,7 @@
 #endif
 
 #include "amx.h"
+#include "linear_amx.h"
 #include "lines.h"
 #include "quantize_rows.h"
 #include "vnni.h"
@@ -91,10 +92,23 @@ WEMM_AMX void pack(const std::int8_t* weight, std::int64_t rows, std::int64_t wi
   }
 }
 
+template <typename T>
+void few_tokens(const T* x, std::int64_t tokens, const Int8Weight& weight, Finish<T> finish, T* out) {
+  Lines<std::int8_t> integers(tokens * weight.width);
+  float x_scale[few::kTokens];
+  quantize_rows(x, tokens, weight.width, weight.width, integers.data(), x_scale);
+  few::linear(integers.data(), tokens, weight.width, weight.integers, weight.outputs, weight.width,
+              [&](const std::int32_t* sums, std::int64_t token, std::int64_t first, std::int64_t n) {
+                finish(sums, x_scale[token], weight.scale + first, weight.bias + first, n,
+                       out + token * weight.outputs + first);
+              });
+}
+
 }  // namespace
 
 template <typename T>
 void linear_int8_amx(const T* x, std::int64_t tokens, const Int8Weight& weight, Finish<T> finish, T* out) {
+  if (tokens <= few::kTokens) return few_tokens(x, tokens, weight, finish, out);
   const std::int64_t width = weight.width, groups = round_up(width, kGroup) / kGroup;
   // An odd number of cache lines: rows begin in different sets of a cache.
   const std::int64_t stride = (groups | 1) * kGroup;
