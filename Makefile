@@ -37,8 +37,9 @@ check: setup      ## lint, types, import direction
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Several files at a time. Threads that wait for others sleep, as there are more of them than cores.
 test: setup       ## the fast tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: setup  ## tests that take minutes or gigabytes
 	$(BIN)/python -m pytest -m slow
