@@ -124,7 +124,9 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     x = x.to(torch.float32)
     largest = x.abs().amax(-1, keepdim=True)
     integers = torch.round(x * (127.0 / largest))
-    return torch.where(largest == 0, torch.zeros_like(x), integers), largest / 127.0
+    # By a tensor: CUDA divides by a number as it multiplies by its reciprocal, which may be the neighbour.
+    scale = largest / torch.full_like(largest, 127.0)
+    return torch.where(largest == 0, torch.zeros_like(x), integers), scale
 
 
 KV_SCALE_BYTES = 4

@@ -155,7 +155,7 @@ def test_every_implementation_of_an_op_is_measured_beside_the_definition():
     load_kernels("cpu")
     result = run(OpsBenchmark("cpu", "float32", "rms_norm", "nano", 0.001))
     found = {(row["case"], row["implementation"]) for row in result.figures["ops"]}
-    implementations = ["definition", *(i.name for i in OPS["rms_norm"].implementations)]
+    implementations = ["definition", *(i.name for i in OPS["rms_norm"].implementations if i.device == "cpu")]
     cases = OPS["rms_norm"].model_cases(_Sizes(torch.float32), NANO)
     assert found == {(case, name) for case in cases for name in implementations}
     assert result.figures["skipped"] == []

@@ -99,3 +99,19 @@ def test_nano_reads_images(ask, block_size):
     with LLM("nano", dtype="float16", device=DEVICE, block_size=block_size) as llm:
         outputs = llm.chat(asked, SamplingParams(max_tokens=8))
     assert [output.outputs[0].text.strip() for output in outputs] == ["WEMM", "2048", "3"]
+
+
+def test_replayed_steps_are_computed_steps(ask):
+    """Alone, and three as four."""
+    if DEVICE == "npu":
+        pytest.skip("no decode graphs on NPUs")
+    questions = [ask("What is this?"), ask("为什么大海是蓝色的？"), ask("Once upon a time")]
+    params = SamplingParams(max_tokens=24, ignore_eos=True)
+    options = dict(dtype="float32", device=DEVICE, num_speculative_tokens=0, enable_prefix_caching=False)
+    with LLM("nano", **options) as replayed, LLM("nano", enforce_eager=True, **options) as eager:
+        for asked in (questions[:1], questions):
+            expected, got = eager.chat(asked, params), replayed.chat(asked, params)
+            assert [o.outputs[0].token_ids for o in got] == [o.outputs[0].token_ids for o in expected]
+        graphs = replayed._open.engine._runner._decode_graphs._graphs
+        assert graphs[1] is not None
+        assert graphs[4] is not None

@@ -10,6 +10,7 @@ import torch
 from wemm import LLM, SamplingParams
 from wemm.kernels import load_kernels, recorder
 from wemm.ops.rms_norm import rms_norm
+from wemm.platforms.cpu import CpuPlatform
 
 load_kernels("cpu")
 pytestmark = pytest.mark.skipif(
@@ -55,6 +56,28 @@ def test_replayed_is_computed(options, work):
             if len(conversations) == 1:  # which requests meet in a step shows in the last digits
                 assert got[0].cumulative_logprob == expected[0].cumulative_logprob
         assert graphs._graphs[1] is not None
+
+
+def test_steps_are_filled_up_to_the_next_size(monkeypatch, work):
+    """Three and two sequences as four, the sizes coming and going; five as they are."""
+    monkeypatch.setattr(CpuPlatform, "decode_graph_sizes", (1, 4))
+    lengths = [SamplingParams(max_tokens=n, temperature=0.0, ignore_eos=True) for n in (5, 24, 11, 17, 3)]
+    with _engine(dtype="bfloat16") as replayed, _engine(dtype="bfloat16", enforce_eager=True) as eager:
+        for conversations in (work[:3], [*work, work[0]], work[1:3]):
+            params = lengths[: len(conversations)]
+            expected, got = _ask(eager, conversations, params), _ask(replayed, conversations, params)
+            assert [answer.token_ids for answer in got] == [answer.token_ids for answer in expected]
+        engine = replayed._open.engine
+        graphs = engine._runner._decode_graphs._graphs
+        assert set(graphs) == {1, 4}
+        assert all(graphs.values())
+        # The last of these steps had two sequences. Two more wrote where no sequence ever is.
+        filled = graphs[4].inputs.batch
+        nobody = engine._kv_cache.num_blocks
+        assert filled.block_tables[2:, 0].tolist() == [nobody] * 2
+        assert (filled.slot_mapping[2:] // 16).tolist() == [nobody] * 2
+        assert filled.seq_lens[2:].tolist() == [1, 1]
+        assert nobody == engine._runner._kv_cache.shape[2] - 1
 
 
 def test_a_step_with_products_of_torch_is_computed_op_by_op(work):

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from wemm.engine.sampler import (
     SamplingRow,
+    _draw,
     _mix,
+    adjust,
     apply_penalties,
     exponential_noise,
     filtered_probs,
@@ -170,6 +172,20 @@ def test_the_logits_given_are_left_alone():
     assert [token.token_id for token in sample(logits, rows)] == [2, 0]
     assert logits.tolist() == [[2.0, 1.0, 0.0]] * 2
     assert sample(logits[:0], []) == []
+
+
+def test_nothing_but_the_tokens_is_asked_of_the_device():
+    """On a device whose tensors have no values to tell."""
+    params = SamplingParams(
+        temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.2, presence_penalty=0.5,
+        frequency_penalty=0.5, min_tokens=9, logit_bias={1: 2.0},
+    )  # fmt: skip
+    row = SamplingRow(params, 0, 0, [1, 2, 2], [3, 3], frozenset({4}), torch.ones(50, dtype=torch.bool))
+    logits = torch.empty(2, 50, device="meta")
+    adjusted = adjust(logits[0], row)
+    assert adjusted is not None
+    assert adjusted.shape == (50,)
+    assert _draw(logits, [row, row]).shape == (2,)
 
 
 def test_draws_follow_the_distribution(llm):

@@ -19,8 +19,8 @@ PARAMS = SamplingParams(max_tokens=10, ignore_eos=True, logprobs=2)
 SAMPLED = SamplingParams(max_tokens=10, ignore_eos=True, temperature=1.0, seed=4, n=2)
 
 
-def _children():
-    """Processes of this one that are alive."""
+def _alive():
+    """Processes of this one."""
     ids = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
     alive = []
     for pid in ids:
@@ -30,6 +30,13 @@ def _children():
         except FileNotFoundError:
             pass
     return alive
+
+
+@pytest.fixture
+def children():
+    """Processes that were started since, and are alive: other tests may have servers up."""
+    before = set(_alive())
+    return lambda: [pid for pid in _alive() if pid not in before]
 
 
 def _ids(outputs):
@@ -48,12 +55,12 @@ def work(ask, golden_images):
 @pytest.mark.parametrize(
     "size", [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
 )
-def test_ranks_together_answer_as_one(llm, work, size):
+def test_ranks_together_answer_as_one(llm, work, size, children):
     """float32, the golden checkpoint's 8 KV heads; the tower's 3 heads are shared by none, its MLP by all."""
     messages, params = zip(*work, strict=True)
     expected = llm.chat(list(messages), list(params))
     with LLM("tiny", tensor_parallel_size=size, **MODEL) as together:
-        assert len(_children()) == size - 1
+        assert len(children()) == size - 1
         outputs = together.chat(list(messages), list(params))
         assert _ids(outputs) == _ids(expected)
         assert outputs[0].outputs[0].cumulative_logprob == pytest.approx(
@@ -61,15 +68,15 @@ def test_ranks_together_answer_as_one(llm, work, size):
         )
         weight = together._open.engine._runner._runner._model.language_model.output.weight
         assert weight.shape[0] == 640 // size
-    assert _children() == []
+    assert children() == []
 
 
-def test_a_killed_rank_is_an_error_within_seconds_and_nothing_is_left(ask):
+def test_a_killed_rank_is_an_error_within_seconds_and_nothing_is_left(ask, children):
     """SIGKILL in the middle of an answer."""
     llm = LLM("tiny", tensor_parallel_size=2, **MODEL)
     stream = llm.stream_chat(ask("hi"), SamplingParams(max_tokens=350, ignore_eos=True, repetition_guard=False))
     next(stream)
-    [child] = _children()
+    [child] = children()
     os.kill(child, signal.SIGKILL)
     killed = time.monotonic()
     with pytest.raises(RankError, match="rank 1 of the tensor-parallel group was killed by signal 9"):
@@ -78,7 +85,7 @@ def test_a_killed_rank_is_an_error_within_seconds_and_nothing_is_left(ask):
     with pytest.raises(RankError):
         llm.chat(ask("hi"), PARAMS)
     llm.close()
-    assert _children() == []
+    assert children() == []
     with pytest.raises(EngineError, match="closed"):
         llm.chat(ask("hi"))
 
@@ -100,20 +107,20 @@ def test_followers_do_not_outlive_a_killed_leader():
     assert not Path(f"/proc/{follower}").exists()
 
 
-def test_a_leader_that_cannot_load_leaves_nobody(monkeypatch):
+def test_a_leader_that_cannot_load_leaves_nobody(monkeypatch, children):
     def fail(*arguments):
         raise CheckpointError("the disk is gone")
 
     monkeypatch.setattr("wemm.engine.build._load_model", fail)
     with pytest.raises(CheckpointError, match="the disk is gone"):
         LLM("tiny", tensor_parallel_size=2, **MODEL)
-    assert _children() == []
+    assert children() == []
 
 
-def test_more_ranks_than_heads():
+def test_more_ranks_than_heads(children):
     with pytest.raises(ParameterError, match="tensor_parallel_size 8 must divide num_key_value_heads 4"):
         LLM("nano", tensor_parallel_size=8, **MODEL)
-    assert _children() == []
+    assert children() == []
 
 
 @pytest.mark.slow

@@ -57,10 +57,11 @@ def test_the_kernel_takes_part():
     if os.environ.get("WEMM_KERNELS") == "none":
         pytest.skip("kernels are turned off by WEMM_KERNELS=none")
     load_kernels("cpu")
-    assert [i.name for i in rms_norm.implementations] == ["cpp"]
+    [cpp] = [i for i in rms_norm.implementations if i.device == "cpu"]
+    assert cpp.name == "cpp"
     x, weight = torch.randn(4, 64), torch.randn(64)
     with torch.inference_mode():
-        assert rms_norm._choose(x, weight, 1e-5) is rms_norm.implementations[0].function
+        assert rms_norm._choose(x, weight, 1e-5) is cpp.function
 
 
 _ANSWER = """
@@ -101,3 +102,26 @@ def test_an_unknown_kernel_choice_is_refused(monkeypatch):
     monkeypatch.setenv("WEMM_KERNELS", "fastest")
     with pytest.raises(ParameterError, match="WEMM_KERNELS must be auto or none. Given: 'fastest'"):
         load_kernels("cpu")
+
+
+@pytest.mark.parametrize(("best", "number"), [("portable", 0), ("avx2", 1)])
+def test_the_environment_limits_the_instruction_set(best, number):
+    script = (
+        "from wemm.kernels import load_kernels; load_kernels('cpu');"
+        "from wemm.kernels.cpu import _kernels; print(_kernels.isa())"
+    )
+    environment = {**os.environ, "WEMM_CPU_ISA": best}
+    printed = subprocess.check_output([sys.executable, "-c", script], env=environment, text=True)
+    assert int(printed) <= number
+
+
+def test_an_unknown_instruction_set_is_refused():
+    result = subprocess.run(
+        [sys.executable, "-m", "wemm", "generate", "--model", "nano", "--prompt", "?"],
+        env={**os.environ, "WEMM_CPU_ISA": "avx"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr == "error: WEMM_CPU_ISA must be one of portable, avx2, avx512, amx. Given: 'avx'\n"

@@ -51,7 +51,7 @@ def test_names(card, monkeypatch, name, rank, index):
     platform = resolve_platform(name, rank)
     assert isinstance(platform, NpuPlatform)
     assert (platform.device.type, platform.device.index) == ("npu", index)
-    platform.occupy(None)
+    platform.select()
     assert card.current == ([] if index is None else [platform.device])
 
 

@@ -109,6 +109,7 @@ def load_ops() -> None:
 def run(settings: OpsBenchmark) -> Result:
     """Measure. Raises ParameterError, DeviceError, and what a model of `shapes` raises."""
     platform = resolve_platform(settings.device)
+    platform.select()
     shapes = None if settings.shapes == PARITY_CASES else model_shapes(settings.shapes)
     load_kernels(platform.device.type)
     ceilings = Ceilings(platform, getattr(torch, settings.dtype))

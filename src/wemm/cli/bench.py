@@ -142,6 +142,30 @@ def serve(
     finish([run(settings, terminal_bar)], outputs)
 
 
+@app.command()
+@config_options(Outputs, "outputs")
+def device(
+    device: Annotated[str, typer.Option(help="auto, cuda or any other torch device.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "float16",
+    dry_run: Annotated[bool, typer.Option(help="The same steps over a tiny model, also on a CPU.")] = False,
+    *,
+    outputs: Outputs,
+) -> None:
+    """What an accelerator reaches of its goals, over the full-size model with random weights: one table.
+
+    Decode, prefill and vision tower as shares of ceilings of the same run, a whole request against the plain
+    definitions, many requests against the roofline. About five minutes.
+
+    Example: wemm bench device --dry-run
+    """
+    from wemm.benchmark.device import DeviceBenchmark, run
+    from wemm.benchmark.report import finish
+
+    outputs.check()
+    small = DeviceBenchmark.dry_run("cpu" if device == "auto" else device)
+    finish([run(small if dry_run else DeviceBenchmark(device, dtype))], outputs)
+
+
 @app.command("all")
 @engine_options
 def everything(

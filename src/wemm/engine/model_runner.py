@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from wemm.config import ModelConfig
-from wemm.engine.decode_graphs import DecodeGraphs
+from wemm.engine.decode_graphs import DecodeGraphs, num_spare_blocks
 from wemm.engine.model_input import ModelInput
 from wemm.engine.scheduler import VisionSlice
 from wemm.engine.vision_encode import image_batch
@@ -64,13 +64,14 @@ class ModelRunner:
         self._config = config
         self._platform = platform
         self._dtype = dtype
+        sizes = platform.decode_graph_sizes if record else ()
         # Never read before it is written, so memory is taken only as it is used.
         self._kv_cache = torch.empty(
-            model.kv_cache_shape(num_blocks, block_size, kv_cache_dtype),
+            model.kv_cache_shape(num_blocks + num_spare_blocks(sizes), block_size, kv_cache_dtype),
             dtype=kv_cache_dtype,
             device=platform.device,
         )
-        self._decode_graphs = DecodeGraphs(model, self._kv_cache, record) if record else None
+        self._decode_graphs = DecodeGraphs(model, self._kv_cache, record, sizes) if record else None
         self._visual_embeds: dict[str, torch.Tensor] = {}
         self._encoding: tuple[ImageBatch, torch.Tensor] | None = None
 
@@ -87,6 +88,7 @@ class ModelRunner:
     @torch.inference_mode()
     def encode(self, vision: VisionSlice) -> list[NumericalError | None]:
         """Some layers of the tower; behind the last one the downsampler, and embeddings to keep."""
+        self._platform.select()
         tower = self._model.vision_tower
         if vision.first_layer == 0:
             packed = image_batch(vision.images, self._config.vision, self._dtype, self.device)
@@ -122,13 +124,14 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(self, model_input: ModelInput) -> tuple[torch.Tensor, list[NumericalError | None]]:
         """Logits float32 [num_logits, vocab_size], and per row what is wrong with it."""
+        self._platform.select()
         batch = self._batch(model_input)
         hidden = self._decode_graphs.forward(batch) if self._decode_graphs else None
         if hidden is None:
             hidden = self._model(batch, self._kv_cache)
         logits = self._model.compute_logits(hidden)
-        finite = zip(hidden.isfinite().all(-1).tolist(), logits.isfinite().all(-1).tolist(), strict=True)
-        return logits, [self._row_error(*row) for row in finite]
+        finite = torch.stack((hidden.isfinite().all(-1), logits.isfinite().all(-1)), dim=1)
+        return logits, [self._row_error(*row) for row in finite.tolist()]
 
     def drop_images(self, hashes: Sequence[str]) -> None:
         """Forget the embeddings of these images."""
@@ -155,7 +158,7 @@ class ModelRunner:
         )
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(self.device)
+        return torch.from_numpy(values).to(self.device, non_blocking=True)
 
     def _row_error(self, hidden_finite: bool, logits_finite: bool) -> NumericalError | None:
         if hidden_finite and logits_finite:

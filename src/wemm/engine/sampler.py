@@ -6,8 +6,10 @@ So a draw depends on nothing else: not on the batch, on steps taken before, on d
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -62,7 +64,8 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledTok
     chosen = adjusted.argmax(dim=-1)
     drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
     if drawn:
-        chosen[drawn] = _draw(adjusted[drawn], [rows[i] for i in drawn])
+        at = _sent(drawn, torch.int64, logits.device)
+        chosen[at] = _draw(adjusted[at], [rows[i] for i in drawn])
     if all(row.params.logprobs is None for row in rows):
         return [SampledToken(token_id, 0.0, 0, ()) for token_id in chosen.tolist()]
     return _with_logprobs(logits, chosen, [row.params.logprobs or 0 for row in rows])
@@ -73,10 +76,14 @@ def _with_logprobs(logits: torch.Tensor, chosen: torch.Tensor, counts: Sequence[
     picked = logprobs.gather(1, chosen.unsqueeze(1))
     ranks = (logprobs > picked).sum(dim=1) + 1
     values, ids = logprobs.topk(min(max(counts), logits.shape[1]), dim=-1)
-    rows = zip(chosen.tolist(), picked[:, 0].tolist(), ranks.tolist(), ids.tolist(), values.tolist(), strict=True)
+    # Integers and numbers come to the host in one piece each.
+    integers = torch.cat((chosen.unsqueeze(1), ranks.unsqueeze(1), ids), dim=1).tolist()
+    numbers = torch.cat((picked, values), dim=1).tolist()
     return [
         SampledToken(token_id, logprob, rank, tuple(zip(top_ids[:count], top_values[:count], strict=True)))
-        for count, (token_id, logprob, rank, top_ids, top_values) in zip(counts, rows, strict=True)
+        for count, (token_id, rank, *top_ids), (logprob, *top_values) in zip(
+            counts, integers, numbers, strict=True
+        )
     ]
 
 
@@ -92,11 +99,12 @@ def adjust(logits: torch.Tensor, row: SamplingRow) -> torch.Tensor | None:
     params, given = row.params, logits
     if params.biases:
         ids, values = zip(*params.biases.items(), strict=True)
-        bias = torch.tensor(values, dtype=logits.dtype, device=logits.device)
-        logits = logits.index_add(0, torch.tensor(ids, device=logits.device), bias)
+        bias = _sent(values, logits.dtype, logits.device)
+        logits = logits.index_add(0, _sent(ids, torch.int64, logits.device), bias)
     logits = apply_penalties(logits, row.prompt_token_ids, row.output_token_ids, params)
     if len(row.output_token_ids) < params.min_tokens and row.end_token_ids:
-        logits = logits.index_fill(0, torch.tensor(sorted(row.end_token_ids), device=logits.device), -torch.inf)
+        ends = sorted(row.end_token_ids)
+        logits = logits.index_fill(0, _sent(ends, torch.int64, logits.device), -torch.inf)
     if row.allowed is not None:
         logits = logits.masked_fill(~row.allowed.to(logits.device), -torch.inf)
     return None if logits is given else logits
@@ -109,50 +117,60 @@ def apply_penalties(
     params: SamplingParams,
 ) -> torch.Tensor:
     """Logits [vocab_size] after repetition, presence and frequency penalties; image positions do not count."""
-    repeats = params.repetition_penalty != 1
-    if repeats:
-        seen = _ids([*prompt_token_ids, *output_token_ids], logits).unique()
-        values = logits[seen]
+    # Tokens are counted here, not by the device: it would have to tell us how many differ.
+    if params.repetition_penalty != 1:
+        ids, _ = _counted([*prompt_token_ids, *output_token_ids], logits)
+        values = logits[ids]
         penalised = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-        logits = logits.index_copy(0, seen, penalised)
+        logits = logits.index_copy(0, ids, penalised)
     if params.presence_penalty or params.frequency_penalty:
-        counts = torch.bincount(_ids(output_token_ids, logits), minlength=logits.shape[0])
-        logits = logits - params.presence_penalty * (counts > 0) - params.frequency_penalty * counts
+        ids, counts = _counted(output_token_ids, logits)
+        penalised = logits[ids] - params.presence_penalty - params.frequency_penalty * counts
+        logits = logits.index_copy(0, ids, penalised)
     return logits
 
 
-def _ids(token_ids: Iterable[int], like: torch.Tensor) -> torch.Tensor:
-    vocab_size = like.shape[0]
-    return torch.tensor([i for i in token_ids if 0 <= i < vocab_size], dtype=torch.int64, device=like.device)
+def _counted(token_ids: Iterable[int], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each token id of the vocabulary once, and how often it comes: both int64."""
+    counts = Counter(i for i in token_ids if 0 <= i < like.shape[0])
+    ids, times = _sent([[*counts.keys()], [*counts.values()]], torch.int64, like.device)
+    return ids, times
 
 
 def filtered_probs(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
     """Probabilities [num_rows, vocab_size] after temperature, then min_p, top_k and top_p; not renormalised."""
 
     def column(values: Iterable[float]) -> torch.Tensor:
-        return torch.tensor(list(values), dtype=torch.float32, device=logits.device).unsqueeze(1)
+        return _sent(list(values), torch.float32, device).unsqueeze(1)
 
+    device, vocab_size = logits.device, logits.shape[1]
     # Subtracting the maximum first keeps tiny temperatures finite.
     shifted = logits - logits.amax(dim=-1, keepdim=True)
     probs = (shifted / column(p.temperature for p in params)).softmax(dim=-1)
     if any(p.min_p > 0 for p in params):
         least = probs.amax(dim=-1, keepdim=True) * column(p.min_p for p in params)
         probs = probs.where(probs >= least, 0.0)
-    vocab_size = logits.shape[1]
     limited = [i for i, p in enumerate(params) if 0 < p.top_k < vocab_size]
     if limited:
-        counts = torch.tensor([params[i].top_k for i in limited], device=logits.device).unsqueeze(1)
-        few = probs[limited]
-        least = few.topk(int(counts.max())).values.gather(1, counts - 1)
-        probs = probs.index_copy(0, torch.tensor(limited, device=logits.device), few.where(few >= least, 0.0))
+        top_ks = [params[i].top_k for i in limited]
+        at, last = _sent(limited, torch.int64, device), _sent(top_ks, torch.int64, device).unsqueeze(1) - 1
+        few = probs[at]
+        least = few.topk(max(top_ks)).values.gather(1, last)
+        probs = probs.index_copy(0, at, few.where(few >= least, 0.0))
     limited = [i for i, p in enumerate(params) if p.top_p < 1]
     if limited:
-        ordered, order = probs[limited].sort(descending=True, stable=True)
+        at = _sent(limited, torch.int64, device)
+        ordered, order = probs[at].sort(descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered
         wanted = column(params[i].top_p for i in limited) * ordered.sum(-1, keepdim=True)
         kept = torch.zeros_like(ordered).scatter(1, order, ordered.where(before < wanted, 0.0))
-        probs = probs.index_copy(0, torch.tensor(limited, device=logits.device), kept)
+        probs = probs.index_copy(0, at, kept)
     return probs
+
+
+def _sent(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """On the device, without waiting for what it computes where the driver does not insist."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
 def random_key(seed: int, index: int, position: int) -> int:
@@ -171,7 +189,7 @@ def _mix(z: int) -> int:
 
 def exponential_noise(keys: Sequence[int], vocab_size: int, device: torch.device) -> torch.Tensor:
     """Exponentially distributed float32 [len(keys), vocab_size], a function of keys and token ids alone."""
-    first = torch.tensor([_int64(key) for key in keys], device=device).unsqueeze(1)
+    first = _sent([_int64(key) for key in keys], torch.int64, device).unsqueeze(1)
     z = first + torch.arange(1, vocab_size + 1, device=device) * _int64(_INCREMENT)
     z = (z ^ _shift_right(z, 30)) * _int64(_FACTOR_1)
     z = (z ^ _shift_right(z, 27)) * _int64(_FACTOR_2)

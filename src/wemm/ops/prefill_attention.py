@@ -55,9 +55,15 @@ def _model_cases(inputs: Inputs, shapes: ModelShapes) -> LazyCases:
     heads = text.num_key_value_heads
     sizes = {"num_kv_heads": heads, "group": text.num_attention_heads // heads, "head_dim": text.head_dim}
     half = length // 2
+    chunk = f"chunk of {length - half} after {half}"
+
+    def case(*spans: tuple[int, int]) -> tuple[Any, ...]:
+        return _case(inputs, *spans, **sizes)
+
     return {
-        f"prefill {length}": partial(_case, inputs, (0, length), **sizes),
-        f"chunk of {length - half} after {half}": partial(_case, inputs, (half, length - half), **sizes),
+        f"prefill {length}": lambda: case((0, length)),
+        chunk: lambda: case((half, length - half)),
+        f"{chunk}, int8": lambda: with_int8_caches(case((half, length - half))),
     }
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -207,6 +207,15 @@ class Op(Generic[P, R]):
 
 OPS: dict[str, Op[Any, Any]] = {}
 """Every declared op by name."""
+
+
+@contextmanager
+def definitions_only() -> Iterator[None]:
+    """Inside, no kernel of any op runs."""
+    with ExitStack() as stack:
+        for declared in OPS.values():
+            stack.enter_context(declared.using(DEFINITION))
+        yield
 
 
 def op(

@@ -13,7 +13,7 @@ from wemm.ops.registry import Inputs, LazyCases, ModelShapes, op
 
 def _cases(inputs: Inputs) -> Mapping[str, tuple[Any, ...]]:
     return {
-        "prefill": (inputs.normal(512, 4096), inputs.normal(4096), 1e-5),
+        "prefill": (inputs.normal(128, 4096), inputs.normal(4096), 1e-5),
         "decode": (inputs.normal(1, 4096), inputs.normal(4096), 1e-5),
         "odd width": (inputs.normal(3, 129, scale=30), inputs.normal(129), 1e-5),
         "zeros": (inputs.normal(2, 64, scale=0), inputs.normal(64), 1e-5),

@@ -16,6 +16,8 @@ class Platform:
     """Of torch.distributed, for tensors of this device."""
     ranks_share_memory = False
     """True if what one tensor-parallel rank takes is missing for the others."""
+    decode_graph_sizes: tuple[int, ...] = ()
+    """Numbers of sequences for which decode steps are recorded, rising; with fewer, a step is filled up."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -41,6 +43,9 @@ class Platform:
 
     def release(self) -> None:
         """Give the process back what `occupy` took."""
+
+    def select(self) -> None:
+        """Before a step: what this thread launches runs here."""
 
     def synchronize(self) -> None:
         """Wait until everything queued is done, so that clocks tell the truth."""

@@ -22,6 +22,7 @@ class CpuPlatform(Platform):
     """Main memory, bounded by the container if there is one."""
 
     ranks_share_memory = True
+    decode_graph_sizes = tuple(range(1, 17))  # with more, the kernels' own time leaves little to win
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)

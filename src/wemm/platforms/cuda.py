@@ -11,6 +11,7 @@ class CudaPlatform(Platform):
     """One CUDA device."""
 
     collective_backend = "nccl"
+    decode_graph_sizes = (1, 2, 4, 8, 16, 32, 64)
 
     def available_memory(self) -> int | None:
         """Bytes the driver has free."""
@@ -21,6 +22,11 @@ class CudaPlatform(Platform):
         if checkpoint_dtype == "bfloat16" and torch.cuda.get_device_capability(self.device) < (8, 0):
             return "float16"
         return checkpoint_dtype
+
+    def select(self) -> None:
+        """Triton asks for the current device of the thread, not for that of its arguments."""
+        if self.device.index is not None:
+            torch.cuda.set_device(self.device)
 
     def synchronize(self) -> None:
         """Wait for the device."""

@@ -9,7 +9,6 @@ import torch
 
 from wemm.errors import DeviceError
 from wemm.platforms.base import Platform
-from wemm.platforms.topology import CpuShare
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +70,8 @@ class NpuPlatform(Platform):
             return "bfloat16"
         return "float16"
 
-    def occupy(self, share: CpuShare | None) -> None:
-        """This rank's card becomes the current one: HCCL talks through it."""
+    def select(self) -> None:
+        """HCCL and workspaces ask for the current card of the thread."""
         import torch_npu
 
         if self.device.index is not None:

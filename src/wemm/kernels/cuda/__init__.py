@@ -1,0 +1,38 @@
+"""Triton kernels. Without Triton nothing is attached and the definitions run.
+
+Nothing here has run on a GPU yet: unverified beyond Triton's interpreter and its compiler (tests/kernels/cuda).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    logging.getLogger(__name__).info("Triton is not installed: CUDA ops run their definitions")
+elif torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+    logging.getLogger(__name__).info("a GPU before Ampere: CUDA ops run their definitions")
+else:
+    from wemm.kernels.cuda import (  # noqa: F401 - each module attaches itself
+        add_plora,
+        decode_attention,
+        layer_norm,
+        linear,
+        linear_int4,
+        linear_int8,
+        linear_int8_gelu,
+        prefill_attention,
+        rms_norm,
+        rope_and_store_kv,
+        silu_and_mul,
+        vision_attention,
+    )
+    from wemm.kernels.cuda.recording import record  # noqa: F401 - called by wemm.kernels
+
+
+def release_memory() -> None:
+    """Kernels hold nothing; what torch's allocator keeps goes back to the driver."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

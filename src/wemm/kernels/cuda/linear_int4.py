@@ -1,0 +1,136 @@
+"""Exact sums of the integers of each group on tensor cores, added up with their scales in float32.
+
+As in linear_int8, the rows of the weight are those of the result. Few tokens: several groups at once, a warp for
+each. Many: one group after the other, in the largest products there are.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from wemm.kernels.cuda.quantized_rows import fits, quantize_rows
+from wemm.kernels.cuda.tensors import FLOATS, are
+from wemm.kernels.cuda.tiles import Tiles, tiles_for
+from wemm.ops.linear_int4 import linear_int4
+from wemm.quantization import INT4_GROUP, num_groups
+
+# Chosen by what they hold in registers and shared memory (99 KiB on the smaller GPUs); unmeasured.
+FEW = (Tiles(8, 16, 4 * INT4_GROUP, 4, 5), Tiles(16, 32, 4 * INT4_GROUP, 4, 4))
+MANY = (Tiles(64, 64, INT4_GROUP, 4, 4), Tiles(128, 128, INT4_GROUP, 8, 3))
+
+
+@triton.jit
+def _low(packed):
+    """16 times the integers in the low halves of the bytes: moved up, and less 8, which flips the first bit.
+
+    Four bytes at a time, as the compiler would take them apart.
+    """
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 t; shl.b32 t, $1, 4; xor.b32 t, t, 0x80808080; and.b32 $0, t, 0xF0F0F0F0; }",
+        "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _high(packed):
+    """16 times those in the high halves."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 t; xor.b32 t, $1, 0x80808080; and.b32 $0, t, 0xF0F0F0F0; }",
+        "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _few_tokens(
+    x, x_scale, weight, scale, bias, out, num_tokens, outputs, num_groups,
+    TOKENS: tl.constexpr, OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """x: [num_tokens, groups, 2, HALF], weight: [outputs, groups, HALF]."""
+    part = tl.arange(0, GROUPS)
+    output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    token = tl.arange(0, TOKENS)
+    element = tl.arange(0, HALF)
+    is_output = output < outputs
+    is_token = token < num_tokens
+    at = output[None, :] * num_groups + part[:, None]
+    scale += at
+    weight += at[:, :, None] * HALF + element[None, None, :]
+    x += (token[None, None, :] * num_groups + part[:, None, None]) * (2 * HALF) + element[None, :, None]
+    y = tl.zeros((GROUPS, OUTPUTS, TOKENS), tl.float32)
+    for first in range(0, num_groups, GROUPS):
+        is_group = (first + part < num_groups)[:, None]
+        is_in = is_group & is_output[None, :]
+        is_in_x = (is_group & is_token[None, :])[:, None, :]
+        group_scale = tl.load(scale + first, mask=is_in, other=0.0).to(tl.float32)
+        packed = tl.load(weight + first * HALF, mask=is_in[:, :, None], other=0)
+        low_x = tl.load(x + first * 2 * HALF, mask=is_in_x, other=0)
+        high_x = tl.load(x + first * 2 * HALF + HALF, mask=is_in_x, other=0)
+        sums = tl.dot(_low(packed), low_x, out_dtype=tl.int32)
+        sums = tl.dot(_high(packed), high_x, sums, out_dtype=tl.int32)
+        y += sums.to(tl.float32) * group_scale[:, :, None]
+    _finish(tl.sum(y, 0), x_scale, bias, out, token, output, num_tokens, outputs)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _many_tokens(
+    x, x_scale, weight, scale, bias, out, num_tokens, outputs, num_groups,
+    TOKENS: tl.constexpr, OUTPUTS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """x: [num_tokens, groups, 2, HALF], weight: [outputs, groups, HALF]."""
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    element = tl.arange(0, HALF)
+    is_token = token < num_tokens
+    is_output = output < outputs
+    x += token[None, :] * (num_groups * 2 * HALF) + element[:, None]
+    weight += output[:, None] * (num_groups * HALF) + element[None, :]
+    scale += output * num_groups
+    y = tl.zeros((OUTPUTS, TOKENS), tl.float32)
+    for group in range(num_groups):
+        group_scale = tl.load(scale + group, mask=is_output, other=0.0).to(tl.float32)
+        packed = tl.load(weight + group * HALF, mask=is_output[:, None], other=0)
+        low_x = tl.load(x + group * 2 * HALF, mask=is_token[None, :], other=0)
+        high_x = tl.load(x + group * 2 * HALF + HALF, mask=is_token[None, :], other=0)
+        sums = tl.dot(_low(packed), low_x, out_dtype=tl.int32)
+        sums = tl.dot(_high(packed), high_x, sums, out_dtype=tl.int32)
+        y += sums.to(tl.float32) * group_scale[:, None]
+    _finish(y, x_scale, bias, out, token, output, num_tokens, outputs)
+
+
+@triton.jit
+def _finish(y, x_scale, bias, out, token, output, num_tokens, outputs):
+    is_token = token < num_tokens
+    is_output = output < outputs
+    y *= tl.load(x_scale + token, mask=is_token, other=0.0)[None, :] * (1 / 16)
+    if bias is not None:
+        y += tl.load(bias + output, mask=is_output, other=0.0).to(tl.float32)[:, None]
+    at = token[None, :] * outputs + output[:, None]
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=is_output[:, None] & is_token[None, :])
+
+
+def _supports(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
+) -> bool:
+    stored = are(torch.uint8, weight) and are(torch.bfloat16, scale)
+    return stored and x.dtype in FLOATS and are(x.dtype, x, bias) and fits(x, weight)
+
+
+@linear_int4.impl("triton", "cuda", _supports)
+def _(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    num_tokens, outputs = x.shape[0], weight.shape[0]
+    integers, x_scale = quantize_rows(x, INT4_GROUP)
+    out = torch.empty(num_tokens, outputs, dtype=x.dtype, device=x.device)
+    given = integers, x_scale, weight, scale, bias, out, num_tokens, outputs, num_groups(x.shape[1])
+    tiles = tiles_for(num_tokens, (*FEW, *MANY))
+    shared = {"TOKENS": tiles.tokens, "OUTPUTS": tiles.outputs, "HALF": INT4_GROUP // 2}
+    shared |= {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    grid = tiles.grid(num_tokens, outputs)
+    if tiles in FEW:
+        _few_tokens[grid](*given, GROUPS=tiles.inputs // INT4_GROUP, **shared)
+    else:
+        _many_tokens[grid](*given, **shared)
+    return out

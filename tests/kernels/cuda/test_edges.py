@@ -1,0 +1,121 @@
+"""Triton kernels where no block is full, where numbers are none, and where results are exact."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from wemm.ops.add_plora import add_plora
+from wemm.ops.layer_norm import layer_norm
+from wemm.ops.linear import linear
+from wemm.ops.linear_int4 import linear_int4
+from wemm.ops.linear_int8 import linear_int8
+from wemm.ops.registry import TOLERANCES, Inputs
+from wemm.ops.rms_norm import rms_norm
+from wemm.ops.rope_and_store_kv import rope_and_store_kv
+from wemm.quantization import SCHEMES, quantize_rows
+
+pytestmark = pytest.mark.usefixtures("interpreted")
+CPU = torch.device("cpu")
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture
+def inputs():
+    return Inputs(torch.float32, CPU, seed=1)
+
+
+@torch.inference_mode()
+def compare(op, *arguments):
+    """The kernel's result, found to be that of the definition."""
+
+    def copies():
+        return [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+
+    with op.using("triton"):
+        got = op(*copies())
+    tolerance = TOLERANCES[got.dtype]
+    torch.testing.assert_close(
+        got, op.definition(*copies()), rtol=tolerance.rtol, atol=tolerance.atol, equal_nan=True
+    )
+    return got
+
+
+@pytest.mark.parametrize("tokens", [*range(1, 10), 17, 65, 129])
+def test_any_number_of_tokens(inputs, tokens):
+    x, weight, bias = inputs.normal(tokens, 200), inputs.normal(70, 200, scale=200**-0.5), inputs.normal(70)
+    for scheme, op in (("int8", linear_int8), ("int4", linear_int4)):
+        compare(op, x, *SCHEMES[scheme].quantize(weight), bias)
+    if tokens <= 8:
+        compare(linear, *(t.to(torch.bfloat16) for t in (x, weight, bias)))
+
+
+@pytest.mark.parametrize(("scheme", "op"), [("int8", linear_int8), ("int4", linear_int4)])
+@pytest.mark.parametrize("tokens", [1, 9, 65])
+def test_sums_of_integers_are_exact(inputs, scheme, op, tokens):
+    """Scales of 1: the result is the integers' product, to the last bit."""
+    x = torch.randint(-127, 128, (tokens, 256), generator=torch.Generator().manual_seed(tokens)).float()
+    x[:, 0] = 127
+    weight, scale = SCHEMES[scheme].quantize(inputs.normal(40, 256))
+    scale = torch.ones_like(scale)
+    exact = x.double() @ SCHEMES[scheme].dequantize(weight, scale, 256).double().T
+    assert torch.equal(compare(op, x, weight, scale).double(), exact)
+
+
+@pytest.mark.parametrize(("scheme", "op"), [("int8", linear_int8), ("int4", linear_int4)])
+@pytest.mark.parametrize("spoilt", [NAN, INF, -INF, 1e-44])
+def test_a_row_that_cannot_be_rounded_is_nan_and_harms_no_other(inputs, scheme, op, spoilt):
+    weight = SCHEMES[scheme].quantize(inputs.normal(40, 150))
+    for tokens in (3, 9):
+        x = inputs.normal(tokens, 150)
+        x[1] = 0
+        x[1, 100] = spoilt
+        with torch.inference_mode(), op.using("triton"):
+            y = op(x, *weight)
+            others = op(x[[0, 2]], *weight)
+        assert y[1].isnan().all()
+        assert torch.equal(y[[0, 2]], others)
+
+
+def test_rounding_is_that_of_the_definition(inputs):
+    from wemm.kernels.cuda.quantized_rows import quantize_rows as kernel
+
+    x = torch.cat((inputs.normal(20, 300, scale=3), torch.zeros(1, 300), torch.arange(-150.0, 150)[None] / 2))
+    x[-1, 0] = 127  # what is rounded in this row ends in .5
+    integers, scale = quantize_rows(x)
+    with torch.inference_mode():
+        got, got_scale = kernel(x, 128)
+    assert torch.equal(got[:, :300].float(), integers)
+    assert torch.equal(got_scale, scale[:, 0])
+    assert got.shape == (22, 384)
+    assert not got[:, 300:].any()
+
+
+def test_keys_and_values_of_int8_are_bit_equal():
+    qkv, cos, sin, *caches, slots = rope_and_store_kv.cases(Inputs(torch.bfloat16, CPU, seed=2))["int8"]
+    stored = {}
+    for implementation in ("triton", "definition"):
+        own = [cache.clone() for cache in caches]
+        with torch.inference_mode(), rope_and_store_kv.using(implementation):
+            rope_and_store_kv(qkv[:9], cos[:9], sin[:9], *own, slots[:9])
+        stored[implementation] = torch.stack(own)
+    assert torch.equal(stored["triton"], stored["definition"])
+
+
+@pytest.mark.parametrize("image_tokens", [0, 1, 17, 70])
+def test_plora_of_scattered_rows(inputs, image_tokens):
+    y, x = inputs.normal(80, 100), inputs.normal(80, 90)
+    plora_a, plora_b = inputs.normal(24, 90, scale=0.1), inputs.normal(100, 24, scale=0.2)
+    rows = inputs.permutation(80)[:image_tokens]
+    got = compare(add_plora, y, x, plora_a, plora_b, 0.5, rows)
+    untouched = torch.ones(80, dtype=torch.bool).index_fill(0, rows, False)
+    assert torch.equal(got[untouched], y[untouched])
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 1), (2, 3, 129)])
+def test_norms_of_any_shape(inputs, shape):
+    x, weight, bias = inputs.normal(*shape), inputs.normal(shape[-1]), inputs.normal(shape[-1])
+    compare(rms_norm, x, weight, 1e-5)
+    compare(layer_norm, x, weight, bias, 1e-5)
