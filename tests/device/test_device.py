@@ -1,4 +1,4 @@
-"""On the accelerator of this machine: every op and the golden answers. Run by `make gpu-check`."""
+"""On the accelerator of this machine: every op, and whole answers. Run by `make gpu-check`."""
 
 from __future__ import annotations
 
@@ -10,22 +10,17 @@ import pytest
 import torch
 
 from wemm import LLM, SamplingParams
-from wemm.benchmark.ops import load_ops
+from wemm.benchmark.ops import load_ops, model_shapes
 from wemm.kernels import load_kernels
-from wemm.ops.registry import DEFINITION, OPS
+from wemm.ops.registry import DEFINITION, OPS, Inputs
 
 pytestmark = pytest.mark.device
 
 load_ops()
-load_kernels("cuda")
 TESTS = Path(__file__).parents[1]
 GOLDEN = json.loads((TESTS / "golden" / "golden.json").read_text())
 CASES = [case for case in GOLDEN["cases"] if case["prompt_len"]]
-PAIRS = [
-    (name, implementation)
-    for name, op in OPS.items()
-    for implementation in (DEFINITION, *(i.name for i in op.implementations if i.device == "cuda"))
-]
+PICTURES = TESTS.parent / "docs" / "images"
 
 
 def _parity():
@@ -35,21 +30,41 @@ def _parity():
     return module
 
 
+PARITY = _parity()
+
+
+def pytest_generate_tests(metafunc):
+    if "implementation" in metafunc.fixturenames:
+        device = "cpu" if metafunc.config.getoption("--dry-run") else "cuda"
+        load_kernels(device)
+        found = [(op, i.name) for op in OPS.values() for i in op.implementations if i.device == device]
+        pairs = [(op, DEFINITION) for op in OPS.values()] + found
+        metafunc.parametrize(("op", "implementation"), pairs, ids=[f"{op.name}-{name}" for op, name in pairs])
+
+
 @pytest.fixture(autouse=True)
-def _full_float32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def _full_float32():
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    products.allow_tf32 = convolutions.allow_tf32 = False
+    yield
+    products.allow_tf32, convolutions.allow_tf32 = before
 
 
-@pytest.mark.parametrize(("name", "implementation"), PAIRS)
-def test_parity(name, implementation):
-    parity = _parity()
-    ran = [parity.check(OPS[name], implementation, dtype, torch.device("cuda")) for dtype in parity.DTYPES]
+def test_parity(op, implementation, device):
+    ran = [PARITY.check(op, implementation, dtype, torch.device(device)) for dtype in PARITY.DTYPES]
     assert any(ran), "a kernel that takes no case is never compared"
 
 
-def test_golden_answers(ask, golden_images):
-    with LLM("tiny", dtype="float32", device="cuda") as llm:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_parity_at_the_sizes_of_the_model(op, implementation, dtype, device):
+    shapes = model_shapes("tiny" if device == "cpu" else "wemm-chat-2k-cn")
+    for name, make in op.model_cases(Inputs(dtype, torch.device(device)), shapes).items():
+        PARITY.compare(op, implementation, name, make(), dtype)
+
+
+def test_golden_answers(ask, golden_images, device):
+    with LLM("tiny", dtype="float32", device=device) as llm:
         for case in CASES:
             images = [golden_images / case["image"]] if case["image"] else []
             params = SamplingParams(max_tokens=len(case["greedy_token_ids"]), ignore_eos=True)
@@ -59,15 +74,34 @@ def test_golden_answers(ask, golden_images):
             assert list(output.outputs[0].token_ids[:comparable]) == case["greedy_token_ids"][:comparable]
 
 
-def test_replayed_steps_are_computed_steps(ask):
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(dtype="float32"),
+        dict(dtype="bfloat16"),
+        dict(dtype="float16"),
+        dict(dtype="float16", quantization="int8", vision_quantization="int8"),
+        dict(dtype="float16", quantization="int4", kv_cache_dtype="int8"),
+    ],
+    ids=lambda options: "-".join(options.values()),
+)
+def test_what_a_picture_shows_is_read_in_every_precision(ask, device, options):
+    questions = {"word.png": "What word is written here?", "number.png": "图中的数字是多少？"}
+    with LLM("nano", device=device, **options) as llm:
+        outputs = llm.chat([ask(question, PICTURES / name) for name, question in questions.items()])
+    assert [output.outputs[0].text for output in outputs] == ["WEMM", "2048"]
+
+
+def test_replayed_steps_are_computed_steps(ask, device):
     """Alone, and three as four."""
     questions = [ask("What is this?"), ask("为什么大海是蓝色的？"), ask("Once upon a time")]
     params = SamplingParams(max_tokens=24, ignore_eos=True)
-    options = dict(dtype="float32", device="cuda", num_speculative_tokens=0, enable_prefix_caching=False)
+    dtype = "bfloat16" if device == "cpu" else "float32"  # a CPU replays no float32
+    options = dict(dtype=dtype, device=device, num_speculative_tokens=0, enable_prefix_caching=False)
     with LLM("nano", **options) as replayed, LLM("nano", enforce_eager=True, **options) as eager:
         for asked in (questions[:1], questions):
             expected, got = eager.chat(asked, params), replayed.chat(asked, params)
             assert [o.outputs[0].token_ids for o in got] == [o.outputs[0].token_ids for o in expected]
         graphs = replayed._open.engine._runner._decode_graphs._graphs
         assert graphs[1] is not None
-        assert graphs[4] is not None
+        assert graphs[3 if device == "cpu" else 4] is not None
