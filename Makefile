@@ -61,17 +61,21 @@ sanitize: setup   ## the kernel tests under AddressSanitizer and UndefinedBehavi
 bench: setup      ## every op and kernel against its ceiling
 	$(BIN)/wemm bench ops
 
-gpu-check:        ## device tests and op benchmark on the accelerator of this machine
-	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
+# DRY_RUN=1: the same on the CPU at small sizes, which shows that the check works and nothing else.
+DRY := $(if $(DRY_RUN),--dry-run)
+gpu-check:        ## device tests, every op and the goals on the accelerator of this machine (DRY_RUN=1: on the CPU)
+	@$(if $(DRY_RUN),true,$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())') \
 	  || { echo "gpu-check: no accelerator here, nothing was checked"; exit 1; }
-	PYTHONPATH=src $(GPU_PYTHON) -m pytest tests/device -m device -W ignore -p no:cacheprovider
-	PYTHONPATH=src $(GPU_PYTHON) -m wemm bench ops --device cuda
+	PYTHONPATH=src $(GPU_PYTHON) -m pytest tests/device -m device -W ignore -p no:cacheprovider $(DRY)
+	PYTHONPATH=src $(GPU_PYTHON) -m wemm bench ops \
+	  $(if $(DRY_RUN),--device cpu --shapes cases --seconds 0.01,--device cuda --seconds 0.1)
+	PYTHONPATH=src $(GPU_PYTHON) -m wemm bench device $(DRY)
 
 npu-check:        ## the same on an Ascend NPU (docs/ascend.md)
 	@$(GPU_PYTHON) -c 'import sys, torch, torch_npu; sys.exit(not torch_npu.npu.is_available())' \
 	  || { echo "npu-check: no NPU here, nothing was checked"; exit 1; }
 	PYTHONPATH=src $(GPU_PYTHON) -m pytest tests/device -m device -W ignore -p no:cacheprovider
-	PYTHONPATH=src $(GPU_PYTHON) -m wemm bench ops --device npu --dtype float16
+	PYTHONPATH=src $(GPU_PYTHON) -m wemm bench ops --device npu --dtype float16 --seconds 0.1
 	PYTHONPATH=src $(GPU_PYTHON) -m wemm bench device --device npu
 
 clean:            ## remove what setup made

@@ -177,6 +177,13 @@ def test_a_kernel_that_takes_no_such_case_is_left_out():
     assert [row["case"] for row in rows if row["implementation"] == "picky"] == ["decode"]
 
 
+def test_a_case_without_a_number_is_left_out():
+    rows = run(OpsBenchmark("cpu", "float32", "add_residual", "cases", 0.001)).figures["ops"]
+    assert "none" in OPS["add_residual"].cases(Inputs(torch.float32, torch.device("cpu")))
+    assert rows
+    assert "none" not in {row["case"] for row in rows}
+
+
 def test_a_case_that_does_not_fit_is_skipped_and_said(monkeypatch):
     monkeypatch.setattr(type(CPU), "available_memory", lambda self: 4000)
     result = run(OpsBenchmark("cpu", "float32", "rms_norm", "nano", 0.001))

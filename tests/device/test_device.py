@@ -1,4 +1,4 @@
-"""On the accelerator of this machine, every op and the golden answers: `make gpu-check`, `make npu-check`."""
+"""On the accelerator of this machine: every op, and whole answers. Run by `make gpu-check`, `make npu-check`."""
 
 from __future__ import annotations
 
@@ -11,24 +11,18 @@ import pytest
 import torch
 
 from wemm import LLM, SamplingParams
-from wemm.benchmark.ops import load_ops
+from wemm.benchmark.ops import load_ops, model_shapes
 from wemm.kernels import load_kernels
-from wemm.ops.registry import DEFINITION, OPS
+from wemm.ops.registry import DEFINITION, OPS, Inputs
 from wemm.platforms.npu import is_npu_present
 
 pytestmark = pytest.mark.device
 
-DEVICE = "npu" if is_npu_present() else "cuda"
 load_ops()
-load_kernels(DEVICE)
 TESTS = Path(__file__).parents[1]
 GOLDEN = json.loads((TESTS / "golden" / "golden.json").read_text())
 CASES = [case for case in GOLDEN["cases"] if case["prompt_len"]]
-PAIRS = [
-    (name, implementation)
-    for name, op in OPS.items()
-    for implementation in (DEFINITION, *(i.name for i in op.implementations if i.device == DEVICE))
-]
+PICTURES = TESTS.parent / "docs" / "images"
 
 
 def _parity():
@@ -38,46 +32,74 @@ def _parity():
     return module
 
 
+PARITY = _parity()
+LONG = {
+    "decode_attention": [513, 2049, 3000],
+    "prefill_attention": [(0, 700), (1500, 900), (2500, 1)],
+}
+"""Beyond the 512 and 2048 tokens at which fused attention may change its ways."""
+
+
+def _device(config):
+    if config.getoption("--dry-run"):
+        return "cpu"
+    return "npu" if is_npu_present() else "cuda"
+
+
+@pytest.fixture
+def device(request):
+    return _device(request.config)
+
+
+def pytest_generate_tests(metafunc):
+    if "implementation" in metafunc.fixturenames:
+        device = _device(metafunc.config)
+        load_kernels(device)
+        found = [(op, i.name) for op in OPS.values() for i in op.implementations if i.device == device]
+        pairs = [(op, DEFINITION) for op in OPS.values()] + found
+        argument = "op"
+        if "paged_op" in metafunc.fixturenames:
+            argument, pairs = "paged_op", [pair for pair in pairs if pair[0].name in LONG]
+        metafunc.parametrize((argument, "implementation"), pairs, ids=[f"{op.name}-{name}" for op, name in pairs])
+
+
 @pytest.fixture(autouse=True)
-def _full_float32(monkeypatch):
-    if DEVICE == "cuda":
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def _full_float32():
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    products.allow_tf32 = convolutions.allow_tf32 = False
+    yield
+    products.allow_tf32, convolutions.allow_tf32 = before
 
 
-@pytest.mark.parametrize(("name", "implementation"), PAIRS)
-def test_parity(name, implementation):
-    parity = _parity()
-    ran = [parity.check(OPS[name], implementation, dtype, torch.device(DEVICE)) for dtype in parity.DTYPES]
+def test_parity(op, implementation, device):
+    ran = [PARITY.check(op, implementation, dtype, torch.device(device)) for dtype in PARITY.DTYPES]
     assert any(ran), "a kernel that takes no case is never compared"
 
 
-@pytest.mark.parametrize("name", ["decode_attention", "prefill_attention"])
-def test_parity_with_blocks_of_128_tokens(monkeypatch, name):
-    """Kernels for NPUs then read keys and values where they lie in prefill, too."""
-    monkeypatch.setattr(importlib.import_module(f"wemm.ops.{name}"), "_BLOCK_SIZE", 128)
-    parity = _parity()
-    for implementation in (i.name for i in OPS[name].implementations if i.device == DEVICE):
-        assert any(parity.check(OPS[name], implementation, dtype, torch.device(DEVICE)) for dtype in parity.DTYPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_parity_at_the_sizes_of_the_model(op, implementation, dtype, device):
+    shapes = model_shapes("tiny" if device == "cpu" else "wemm-chat-2k-cn")
+    for name, make in op.model_cases(Inputs(dtype, torch.device(device)), shapes).items():
+        PARITY.compare(op, implementation, name, make(), dtype)
 
 
-def test_parity_of_long_sequences(monkeypatch):
-    """Beyond the 512 and 2048 tokens at which fused attention may change its ways."""
-    spans, parity, device = [(0, 700), (1500, 900), (2500, 1)], _parity(), torch.device(DEVICE)
-    prefill, decode = (importlib.import_module(f"wemm.ops.{n}_attention") for n in ("prefill", "decode"))
-    cases = {
-        "prefill_attention": lambda inputs: {"long": prefill._case(inputs, *spans)},
-        "decode_attention": lambda inputs: {"long": decode._case(inputs, 513, 2049, 3000)},
-    }
-    for name, make in cases.items():
-        monkeypatch.setattr(OPS[name], "cases", make)
-        for implementation in (DEFINITION, *(i.name for i in OPS[name].implementations if i.device == DEVICE)):
-            assert any(parity.check(OPS[name], implementation, dtype, device) for dtype in parity.DTYPES)
+@pytest.mark.parametrize("block_size", [16, 128])
+def test_parity_over_pages(paged_op, implementation, device, monkeypatch, block_size):
+    """Kernels for NPUs read blocks of 128 tokens where they lie, and gather smaller ones."""
+    module = importlib.import_module(f"wemm.ops.{paged_op.name}")
+    monkeypatch.setattr(module, "_BLOCK_SIZE", block_size)
+    ran = 0
+    for dtype in PARITY.DTYPES:
+        inputs = Inputs(dtype, torch.device(device))
+        ran += PARITY.compare(paged_op, implementation, "long", module._case(inputs, *LONG[paged_op.name]), dtype)
+        ran += PARITY.check(paged_op, implementation, dtype, torch.device(device))
+    assert ran
 
 
 @pytest.mark.parametrize(("dtype", "margin"), [("float32", 1e-3), ("float16", 0.02)])
-def test_golden_answers(ask, golden_images, dtype, margin):
-    with LLM("tiny", dtype=dtype, device=DEVICE) as llm:
+def test_golden_answers(ask, golden_images, device, dtype, margin):
+    with LLM("tiny", dtype=dtype, device=device) as llm:
         for case in CASES:
             images = [golden_images / case["image"]] if case["image"] else []
             params = SamplingParams(max_tokens=len(case["greedy_token_ids"]), ignore_eos=True)
@@ -87,31 +109,37 @@ def test_golden_answers(ask, golden_images, dtype, margin):
             assert list(output.outputs[0].token_ids[:comparable]) == case["greedy_token_ids"][:comparable]
 
 
-@pytest.mark.parametrize("block_size", [16, 128])
-def test_nano_reads_images(ask, block_size):
-    """In float16, with the head sizes that fused attention takes."""
-    images = TESTS.parent / "docs" / "images"
-    asked = [
-        ask("What word is written here?", images / "word.png"),
-        ask("图中的数字是多少？", images / "number.png"),
-        ask("How many circles are there?", images / "shapes.png"),
-    ]
-    with LLM("nano", dtype="float16", device=DEVICE, block_size=block_size) as llm:
-        outputs = llm.chat(asked, SamplingParams(max_tokens=8))
-    assert [output.outputs[0].text.strip() for output in outputs] == ["WEMM", "2048", "3"]
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(dtype="float32"),
+        dict(dtype="bfloat16"),
+        dict(dtype="float16"),
+        dict(dtype="float16", block_size=128),
+        dict(dtype="float16", quantization="int8", vision_quantization="int8"),
+        dict(dtype="float16", quantization="int4", kv_cache_dtype="int8"),
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_what_a_picture_shows_is_read_in_every_precision(ask, device, options):
+    questions = {"word.png": "What word is written here?", "number.png": "图中的数字是多少？"}
+    with LLM("nano", device=device, **options) as llm:
+        outputs = llm.chat([ask(question, PICTURES / name) for name, question in questions.items()])
+    assert [output.outputs[0].text for output in outputs] == ["WEMM", "2048"]
 
 
-def test_replayed_steps_are_computed_steps(ask):
+def test_replayed_steps_are_computed_steps(ask, device):
     """Alone, and three as four."""
-    if DEVICE == "npu":
+    if device == "npu":
         pytest.skip("no decode graphs on NPUs")
     questions = [ask("What is this?"), ask("为什么大海是蓝色的？"), ask("Once upon a time")]
     params = SamplingParams(max_tokens=24, ignore_eos=True)
-    options = dict(dtype="float32", device=DEVICE, num_speculative_tokens=0, enable_prefix_caching=False)
+    dtype = "bfloat16" if device == "cpu" else "float32"  # a CPU replays no float32
+    options = dict(dtype=dtype, device=device, num_speculative_tokens=0, enable_prefix_caching=False)
     with LLM("nano", **options) as replayed, LLM("nano", enforce_eager=True, **options) as eager:
         for asked in (questions[:1], questions):
             expected, got = eager.chat(asked, params), replayed.chat(asked, params)
             assert [o.outputs[0].token_ids for o in got] == [o.outputs[0].token_ids for o in expected]
         graphs = replayed._open.engine._runner._decode_graphs._graphs
         assert graphs[1] is not None
-        assert graphs[4] is not None
+        assert graphs[3 if device == "cpu" else 4] is not None

@@ -38,25 +38,28 @@ def _as_tuple(result):
 
 def check(op, implementation, dtype, device):
     """Compare one implementation on every case it supports; returns how many it ran."""
+    cases = op.cases(Inputs(dtype, device)).items()
+    return sum(compare(op, implementation, case, arguments, dtype) for case, arguments in cases)
+
+
+def compare(op, implementation, case, arguments, dtype):
+    """One case; returns whether the implementation takes it."""
+    supported = implementation == DEFINITION or any(
+        i.name == implementation and i.supports(*arguments) for i in op.implementations
+    )
+    if not supported:
+        return False
     tolerance = op.tolerances[dtype]
-    ran = 0
-    for case, arguments in op.cases(Inputs(dtype, device)).items():
-        supported = implementation == DEFINITION or any(
-            i.name == implementation and i.supports(*arguments) for i in op.implementations
-        )
-        if not supported:
-            continue
-        with torch.inference_mode(), op.using(implementation):
-            got = _as_tuple(op(*_clone(arguments)))
-            oracle = _as_tuple(op.definition(*(_wide(a) for a in _clone(arguments))))
-        for actual, expected in zip(got, oracle, strict=True):
-            assert actual.dtype == (dtype if expected.is_floating_point() else expected.dtype)
-            torch.testing.assert_close(
-                actual.float(), expected.float(), rtol=tolerance.rtol, atol=tolerance.atol,
-                msg=lambda text, case=case: f"{op.name} {implementation} {case}: {text}",
-            )  # fmt: skip
-        ran += 1
-    return ran
+    with torch.inference_mode(), op.using(implementation):
+        got = _as_tuple(op(*_clone(arguments)))
+        oracle = _as_tuple(op.definition(*(_wide(a) for a in _clone(arguments))))
+    for actual, expected in zip(got, oracle, strict=True):
+        assert actual.dtype == (dtype if expected.is_floating_point() else expected.dtype)
+        torch.testing.assert_close(
+            actual.float(), expected.float(), rtol=tolerance.rtol, atol=tolerance.atol,
+            msg=lambda text: f"{op.name} {implementation} {case}: {text}",
+        )  # fmt: skip
+    return True
 
 
 PAIRS = [

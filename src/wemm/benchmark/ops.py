@@ -204,6 +204,8 @@ def _measure(
                 return []
             flops, moved_bytes = op.work(copies[0], result)
             del result
+            if not moved_bytes:  # nothing to do, as where no token is an image's
+                return []
             timing = time_calls(lambda: op(*next(arguments)), platform, settings.seconds)
     except torch.OutOfMemoryError as error:
         raise _DoesNotFitError(str(error).splitlines()[0]) from None
