@@ -1,0 +1,46 @@
+"""vLLM with the plugin answers as our engine does, whatever it batches, cuts, caches or shares."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.integrations.vllm.engines import answers, assert_same, vllm_engine
+from wemm.checkpoint.checkpoint import BUNDLED_DIRECTORY
+
+pytestmark = pytest.mark.vllm
+TINY = BUNDLED_DIRECTORY / "tiny"
+
+
+@pytest.mark.parametrize("name", ["tiny", "nano"])
+def test_one_by_one_batched_and_from_the_prefix_cache(name, conversations, ours):
+    expected = ours(BUNDLED_DIRECTORY / name)
+    with vllm_engine(BUNDLED_DIRECTORY / name, enable_prefix_caching=True) as engine:
+        for conversation, ours_alone in zip(conversations, expected, strict=True):
+            assert_same(ours_alone, answers(engine, [conversation])[0])
+        cached = answers(engine, conversations)
+        assert sum(output.num_cached_tokens > 0 for output in cached) >= 4
+        engine.reset_prefix_cache()
+        for output in (cached, answers(engine, conversations)):
+            for ours_alone, theirs in zip(expected, output, strict=True):
+                assert_same(ours_alone, theirs)
+
+
+@pytest.mark.parametrize("chunk", [8, 13, 40])
+def test_chunks_that_cut_images(chunk, conversations, ours):
+    """Prompts of 18 to 130 tokens; other requests decode beside the chunks."""
+    with vllm_engine(TINY, max_num_batched_tokens=chunk) as engine:
+        for ours_alone, theirs in zip(ours(TINY), answers(engine, conversations), strict=True):
+            assert_same(ours_alone, theirs)
+
+
+@pytest.mark.parametrize("options", [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}], ids=str)
+def test_two_ranks(options, conversations, ours):
+    with vllm_engine(TINY, max_num_batched_tokens=40, **options) as engine:
+        for ours_alone, theirs in zip(ours(TINY), answers(engine, conversations), strict=True):
+            assert_same(ours_alone, theirs)
+
+
+def test_compiled(conversations, ours):
+    with vllm_engine(TINY, enforce_eager=False) as engine:
+        for ours_alone, theirs in zip(ours(TINY), answers(engine, conversations), strict=True):
+            assert_same(ours_alone, theirs)
