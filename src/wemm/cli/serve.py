@@ -43,7 +43,8 @@ def serve(
     Example: wemm serve --model nano --port 8000
     """
     if engine_name == "vllm":
-        return _serve_by_vllm(config, options.given(context), rest or [])
+        _serve_by_vllm(config, options.given(context), rest or [])
+        return
     if engine_name != "wemm":
         raise ParameterError(f"--engine must be wemm or vllm. Given: {engine_name!r}")
     if rest:

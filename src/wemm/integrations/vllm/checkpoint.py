@@ -31,7 +31,7 @@ class Files:
 
 
 def find_files(vllm_config: VllmConfig) -> Files:
-    """Of `--model`, fetched if need be. With `--load-format dummy` no tensors are needed. Raises CheckpointError."""
+    """Of `--model`, fetched if need be; `--load-format dummy` needs no tensors. Raises CheckpointError."""
     model_config, load_config = vllm_config.model_config, vllm_config.load_config
     directory = Path(model_config.model)
     is_dummy = load_config.load_format == "dummy"

@@ -43,7 +43,10 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         ranks = tensor_parallel()
-        num_heads, num_kv_heads = ranks.length(config.num_attention_heads), ranks.length(config.num_key_value_heads)
+        num_heads, num_kv_heads = (
+            ranks.length(config.num_attention_heads),
+            ranks.length(config.num_key_value_heads),
+        )
         head_dim, hidden = config.head_dim, config.hidden_size
         self._head_dim, self._padding = head_dim, cache_head_dim(config) - head_dim
         self._sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.interfaces import SupportsMultiModal, SupportsPP
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.platforms import current_platform

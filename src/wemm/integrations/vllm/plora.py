@@ -18,6 +18,9 @@ from wemm.distributed import TensorParallel
 from wemm.layers.plora import PloraSpec
 from wemm.ops.add_plora import add_plora
 
+MAX_TOKENS_IN_TILES = 512
+"""On GPUs, for steps beyond, a product of the library is worth its work on text rows."""
+
 
 @torch.library.custom_op("wemm::add_plora_to_images", mutates_args=("y",))
 def add_plora_to_images(
@@ -41,6 +44,11 @@ def _add_plora_on_cuda(
     y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: list[torch.Tensor], is_image: torch.Tensor
 ) -> None:
     # Shapes must not depend on the mask here, or graphs could not hold it.
+    if len(x) <= MAX_TOKENS_IN_TILES:
+        from wemm.integrations.vllm.plora_triton import add_plora_in_tiles
+
+        add_plora_in_tiles(y, x, a, b, is_image)
+        return
     reduced = F.linear(x, a).masked_fill_(~is_image.unsqueeze(-1), 0)
     first = rank_first = 0
     for factor in b:
@@ -55,7 +63,7 @@ def tensor_parallel() -> TensorParallel:
 
 
 class PloraFactors(nn.Module):
-    """The factors of one or several linears that share their input. Scaling is multiplied into B when it is loaded."""
+    """The factors of one or several linears that share their input; scaling is multiplied into B on loading."""
 
     def __init__(self, in_size: int, outs: Sequence[tuple[int, PloraSpec]]) -> None:
         """Sizes are those of this rank."""

@@ -1,4 +1,4 @@
-"""Weights that `wemm quantize` stored in fewer bits stay so: the products are ours, PLoRA beside them stays float."""
+"""Weights that `wemm quantize` stored in fewer bits stay so. The products are ours; PLoRA beside them is float."""
 
 from __future__ import annotations
 

@@ -22,14 +22,14 @@ class WemmRenderer(BaseRenderer[VllmTokenizer]):
     def render_messages(self, messages: list[Any], params: ChatParams) -> tuple[list[Any], TokensPrompt]:
         """→ the conversation as vLLM parsed it, and its prompt. Raises VLLMValidationError."""
         parsed = parse_chat_messages(messages, self.model_config, **self._parsing(params))
-        return self._prompt(*parsed, params)
+        return self._prompt(params, *parsed)
 
     async def render_messages_async(
         self, messages: list[Any], params: ChatParams
     ) -> tuple[list[Any], TokensPrompt]:
         """The same, while images are fetched."""
         parsed = await parse_chat_messages_async(messages, self.model_config, **self._parsing(params))
-        return self._prompt(*parsed, params)
+        return self._prompt(params, *parsed)
 
     def _parsing(self, params: ChatParams) -> dict[str, Any]:
         return {
@@ -39,7 +39,7 @@ class WemmRenderer(BaseRenderer[VllmTokenizer]):
         }
 
     def _prompt(
-        self, conversation: list[Any], images: Any, uuids: Any, params: ChatParams
+        self, params: ChatParams, conversation: list[Any], images: Any, uuids: Any
     ) -> tuple[list[Any], TokensPrompt]:
         if params.chat_template_kwargs.get("continue_final_message"):
             raise VLLMValidationError("an answer cannot be continued: the last message must be the user's")

@@ -68,7 +68,8 @@ def command_line(given: Mapping[str, Any], rest: Sequence[str] = ()) -> list[str
         raise ParameterError(f"vLLM needs a directory or a hub id. Given: {model!r}", "model")
     directory = locate(model)
     options.setdefault("served_model_name", model if model.count("/") == 1 else directory.name)
-    arguments = ["--model", str(directory), "--allowed-origins", "[]"]
+    # The only processing options that a request's may hold are ours, and harmless: `detail`.
+    arguments = ["--model", str(directory), "--allowed-origins", "[]", "--trust-request-mm-kwargs"]
     for name, value in options.items():
         if name in _JSON:
             flag, key = _JSON[name]
