@@ -18,13 +18,13 @@ def test_one_by_one_batched_and_from_the_prefix_cache(name, conversations, ours)
     expected = ours(BUNDLED_DIRECTORY / name)
     with vllm_engine(BUNDLED_DIRECTORY / name, enable_prefix_caching=True) as engine:
         for conversation, ours_alone in zip(conversations, expected, strict=True):
-            assert_same(ours_alone, answers(engine, [conversation])[0])
+            assert assert_same(ours_alone, answers(engine, [conversation])[0])
         cached = answers(engine, conversations)
         assert sum(output.num_cached_tokens > 0 for output in cached) >= 4
         engine.reset_prefix_cache()
         for output in (cached, answers(engine, conversations)):
             for ours_alone, theirs in zip(expected, output, strict=True):
-                assert_same(ours_alone, theirs)
+                assert assert_same(ours_alone, theirs)
 
 
 @pytest.mark.parametrize("chunk", [8, 13, 40])
@@ -32,7 +32,7 @@ def test_chunks_that_cut_images(chunk, conversations, ours):
     """Prompts of 18 to 130 tokens; other requests decode beside the chunks."""
     with vllm_engine(TINY, max_num_batched_tokens=chunk) as engine:
         for ours_alone, theirs in zip(ours(TINY), answers(engine, conversations), strict=True):
-            assert_same(ours_alone, theirs)
+            assert assert_same(ours_alone, theirs)
 
 
 @pytest.mark.parametrize(
@@ -46,10 +46,10 @@ def test_two_ranks(options, conversations, ours, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cpus[0]}|{cpus[1]}")  # by itself vLLM asks for NUMA nodes
     with vllm_engine(TINY, max_num_batched_tokens=40, **options) as engine:
         for ours_alone, theirs in zip(ours(TINY), answers(engine, conversations), strict=True):
-            assert_same(ours_alone, theirs)
+            assert assert_same(ours_alone, theirs)
 
 
 def test_compiled(conversations, ours):
     with vllm_engine(TINY, enforce_eager=False) as engine:
         for ours_alone, theirs in zip(ours(TINY), answers(engine, conversations), strict=True):
-            assert_same(ours_alone, theirs)
+            assert assert_same(ours_alone, theirs)

@@ -22,12 +22,12 @@ def _product(  # type: ignore[no-untyped-def]
     if tl.max(image.to(tl.int32), 0) > 0:
         columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         inside = columns < out_size
-        rows = rows.to(tl.int64)
+        places = rows.to(tl.int64)
         total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         for start in range(0, in_size, STEP):
             inner = start + tl.arange(0, STEP)
             left = tl.load(
-                x + rows[:, None] * x_stride + inner[None, :],
+                x + places[:, None] * x_stride + inner[None, :],
                 mask=image[:, None] & (inner < in_size)[None, :], other=0.0,
             )  # fmt: skip
             right = tl.load(
@@ -35,7 +35,7 @@ def _product(  # type: ignore[no-untyped-def]
                 mask=inside[:, None] & (inner < in_size)[None, :], other=0.0,
             )  # fmt: skip
             total += tl.dot(left, tl.trans(right), input_precision="ieee")
-        target = y + rows[:, None] * y_stride + columns[None, :]
+        target = y + places[:, None] * y_stride + columns[None, :]
         wanted = image[:, None] & inside[None, :]
         if ADD:
             total += tl.load(target, mask=wanted, other=0.0).to(tl.float32)
