@@ -1,4 +1,4 @@
-"""`python -m wemm.integrations.vllm MODEL`: the same questions to our engine and to vLLM, one after the other.
+"""`python -m wemm.integrations.vllm.compare MODEL`: the same questions to our engine and to vLLM, one after the other.
 
 Each in a process of its own, so that neither's threads and memory are in the other's way.
 """
@@ -40,15 +40,17 @@ def main(
         results: Any = spawn.SimpleQueue()
         process = spawn.Process(target=measure, args=(model, workload, output_len, options, results))
         process.start()
-        process.join()
-        if process.exitcode:
-            raise SystemExit(process.exitcode)
+        while results.empty():
+            process.join(0.1)
+            if process.exitcode is not None:
+                raise SystemExit(process.exitcode or 1)
         start, seconds = results.get()
         print(
             f"{name}: {seconds:.2f} s, {requests / seconds:.1f} requests/s, "
             f"{requests * output_len / seconds:.0f} output tokens/s; ready after {start:.0f} s",
             flush=True,
         )
+        process.join()
 
 
 def _wemm(model: str, workload: Workload, output_len: int, options: Any, results: Any) -> None:
@@ -71,6 +73,7 @@ def _vllm(model: str, workload: Workload, output_len: int, options: Any, results
     started = time.perf_counter()
     llm.chat(conversations, params, use_tqdm=False)
     results.put((started - began, time.perf_counter() - started))
+    llm.llm_engine.engine_core.shutdown()
 
 
 def _warm_up(workload: Workload) -> Workload:
