@@ -1,4 +1,4 @@
-"""`python -m wemm.integrations.vllm.compare MODEL`: the same questions to our engine and to vLLM, one after the other.
+"""`python -m wemm.integrations.vllm.compare MODEL`: the same questions to our engine and to vLLM, in turn.
 
 Each in a process of its own, so that neither's threads and memory are in the other's way.
 """
