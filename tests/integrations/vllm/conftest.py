@@ -13,7 +13,9 @@ import pytest
 from tests.integrations.vllm.engines import GREEDY, Conversation
 from wemm import LLM
 
-collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_*.py"]
+# A directory of that name is no vLLM, and this is one.
+_vllm = importlib.util.find_spec("vllm")
+collect_ignore_glob = [] if _vllm is not None and _vllm.origin else ["test_*.py"]
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 

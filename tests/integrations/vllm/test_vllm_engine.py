@@ -38,13 +38,17 @@ def test_chunks_that_cut_images(chunk, conversations, ours):
 @pytest.mark.parametrize(
     "options",
     # On CPUs, vLLM makes room for what stages exchange only while it warms up a compiled model.
-    [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2, "enforce_eager": False}],
-    ids=["tensor", "pipeline"],
+    [
+        {"tensor_parallel_size": 2},
+        {"tensor_parallel_size": 2, "mm_encoder_tp_mode": "data", "max_num_batched_tokens": 512},
+        {"pipeline_parallel_size": 2, "enforce_eager": False},
+    ],
+    ids=["tensor", "images", "pipeline"],
 )
 def test_two_ranks(options, conversations, ours, monkeypatch):
     cpus = sorted(os.sched_getaffinity(0)) * 2
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cpus[0]}|{cpus[1]}")  # by itself vLLM asks for NUMA nodes
-    with vllm_engine(TINY, max_num_batched_tokens=40, **options) as engine:
+    with vllm_engine(TINY, **{"max_num_batched_tokens": 40, **options}) as engine:
         for ours_alone, theirs in zip(ours(TINY), answers(engine, conversations), strict=True):
             assert assert_same(ours_alone, theirs)
 

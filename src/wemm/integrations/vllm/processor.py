@@ -82,6 +82,8 @@ class _ImageParser(MultiModalDataParser):
             image = image.original_bytes
         elif isinstance(image, np.ndarray):
             image = Image.fromarray(image)
+        if not isinstance(image, (Image.Image, bytes)):  # a path least of all: nobody has allowed it
+            raise VLLMValidationError(f"not an image: {type(image).__name__}", parameter="image")
         try:
             opened = open_image(image, self._reference_image_mode)
         except ClientError as error:
