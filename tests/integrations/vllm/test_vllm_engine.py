@@ -27,6 +27,21 @@ def test_one_by_one_batched_and_from_the_prefix_cache(name, conversations, ours)
                 assert assert_same(ours_alone, theirs)
 
 
+def test_golden_cases(golden, golden_images, ask):
+    """Ids of the reference wherever its margin exceeds 1e-3."""
+    cases = [case for case in golden["cases"] if case["prompt_len"]]
+    with vllm_engine(TINY) as engine:
+        images = [[golden_images / case["image"]] if case["image"] else [] for case in cases]
+        asked = [ask(case["text"], *shown) for case, shown in zip(cases, images, strict=True)]
+        for case, theirs in zip(cases, answers(engine, asked), strict=True):
+            expected = case["greedy_token_ids"][: len(theirs.outputs[0].token_ids)]
+            close = [i for i, margin in enumerate(case["greedy_margins"]) if margin <= 1e-3]
+            comparable = min([*close, len(expected)])
+            assert comparable > 0
+            assert list(theirs.outputs[0].token_ids[:comparable]) == expected[:comparable]
+            assert len(theirs.prompt_token_ids) == case["prompt_len"]
+
+
 @pytest.mark.parametrize("chunk", [8, 13, 40])
 def test_chunks_that_cut_images(chunk, conversations, ours):
     """Prompts of 18 to 130 tokens; other requests decode beside the chunks."""
