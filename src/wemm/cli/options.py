@@ -88,6 +88,10 @@ class ServeOptions:
         """The other half."""
         return config(**self._merged(config, context, from_file))
 
+    def given(self, context: typer.Context) -> dict[str, Any]:
+        """What the command line itself holds."""
+        return {name: value for name, value in self._values.items() if _is_given(context, name)}
+
     def _merged(self, config: Any, context: typer.Context, from_file: Mapping[str, Any]) -> dict[str, Any]:
         own = {field.name: self._values[field.name] for field in fields(config)}
         return {**own, **{name: value for name, value in from_file.items() if not _is_given(context, name)}}

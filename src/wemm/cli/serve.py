@@ -26,6 +26,15 @@ def serve(
             "--config", metavar="FILE", help="A MindIE service file, config.json; options given here win."
         ),
     ] = None,
+    engine_name: Annotated[
+        str,
+        typer.Option(
+            "--engine",
+            metavar="wemm|vllm",
+            help="vllm: the server of vLLM with this model, its own options behind -- (docs/scaling.md).",
+        ),
+    ] = "wemm",
+    rest: Annotated[list[str] | None, typer.Argument(metavar="[-- VLLM_OPTIONS]", show_default=False)] = None,
     *,
     options: ServeOptions,
 ) -> None:
@@ -33,6 +42,13 @@ def serve(
 
     Example: wemm serve --model nano --port 8000
     """
+    if engine_name == "vllm":
+        _serve_by_vllm(config, options.given(context), rest or [])
+        return
+    if engine_name != "wemm":
+        raise ParameterError(f"--engine must be wemm or vllm. Given: {engine_name!r}")
+    if rest:
+        raise ParameterError(f"{rest[0]!r}: only --engine vllm takes options behind --")
     try:
         import fastapi  # noqa: F401
     except ImportError:
@@ -45,6 +61,19 @@ def serve(
     engine = options.engine(context, engine_values)
     set_up_logs(server.log_level)
     run(server, engine, terminal_bar, _announce)
+
+
+def _serve_by_vllm(config: Path | None, given: dict[str, object], rest: Sequence[str]) -> None:
+    if config is not None:
+        raise ParameterError("--config is read by our own engine; give --engine vllm its options one by one")
+    from wemm.integrations.vllm.serve import command_line, run
+
+    keys = [key for key in os.environ.get("WEMM_API_KEY", "").split(",") if key]
+    if keys and "api_key" not in given:
+        if len(keys) > 1:
+            raise ParameterError(f"WEMM_API_KEY holds {len(keys)} keys; vLLM reads one from the environment")
+        os.environ["VLLM_API_KEY"] = keys[0]
+    run(command_line(given, rest))
 
 
 def _read(path: Path | None) -> tuple[dict[str, object], dict[str, object]]:

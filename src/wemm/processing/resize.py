@@ -63,8 +63,12 @@ def image_config_for(detail: str, config: ModelConfig) -> ImageConfig:
 
 def plan_image(width: int, height: int, config: ModelConfig, detail: str = "auto") -> ImagePlan:
     """Cost of an image of `width` x `height` pixels, without decoding it. Raises PromptError."""
+    return plan_resized(resized_size(width, height, image_config_for(detail, config)), config)
+
+
+def plan_resized(resized: tuple[int, int], config: ModelConfig) -> ImagePlan:
+    """Cost of an image that already has its final (width, height)."""
     patch_size, kernel_size = config.vision.patch_size, config.downsampler.kernel_size
-    resized = resized_size(width, height, image_config_for(detail, config))
     patch_grid = (-(-resized[1] // patch_size), -(-resized[0] // patch_size))
     token_grid = (-(-patch_grid[0] // kernel_size), -(-patch_grid[1] // kernel_size))
     return ImagePlan(resized, patch_grid, token_grid)

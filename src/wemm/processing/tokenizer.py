@@ -124,6 +124,12 @@ class Tokenizer:
         byte = self.byte_of(token_id)
         return self.piece_text(token_id).encode() if byte is None else bytes([byte])
 
+    def spelling(self, token_id: int) -> str:
+        """A token as the vocabulary spells it, spaces and bytes too, control tokens by name; empty outside it."""
+        if token_id in self._control_names:
+            return self._control_names[token_id]
+        return self._pieces[token_id] if 0 <= token_id < self.vocab_size else ""
+
     def piece_text(self, token_id: int) -> str:
         """The text of a token that is not a byte token; empty outside the vocabulary."""
         if token_id in self._control_names:
