@@ -87,10 +87,7 @@ class Goal:
 
 
 def run(benchmark: DeviceBenchmark) -> Result:
-    """Measure. Raises ParameterError, DeviceError, and what `LLM` raises.
-
-    **Unverified** on an accelerator: no goal of this table has been judged on one yet.
-    """
+    """Measure. Raises ParameterError, DeviceError, and what `LLM` raises."""
     platform = resolve_platform(benchmark.device)
     if platform.device.type == "cpu" and not benchmark.is_dry_run:
         raise ParameterError("the goals are an accelerator's and here is none; --dry-run runs the steps on a CPU")
@@ -192,7 +189,8 @@ def _share_of_decode_on_device(benchmark: DeviceBenchmark) -> float:
         # Apart, as a profiler slows the CPU.
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             llm.chat(question, params)
-    computed: float = sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
+    kernels = (event for event in profile.events() or [] if event.device_type.name == "CUDA")
+    computed: float = sum(kernel.time_range.elapsed_us() for kernel in kernels) / 1e6
     return computed / seconds
 
 

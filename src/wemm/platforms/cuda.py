@@ -23,6 +23,10 @@ class CudaPlatform(Platform):
             return "float16"
         return checkpoint_dtype
 
+    def max_num_batched_patches(self) -> int:
+        """A large image at once: a tenth of a second on an H200."""
+        return 16_384
+
     def select(self) -> None:
         """Triton asks for the current device of the thread, not for that of its arguments."""
         if self.device.index is not None:

@@ -11,8 +11,9 @@ from wemm.kernels.cuda.tiles import Tiles
 from wemm.ops.linear import linear
 
 MAX_TOKENS = 8
-"""Up to here; a guess of where cuBLAS reads at less than 85 % of the bandwidth, unmeasured."""
+"""Up to here faster than cuBLAS in a graph, by 1 to 16 %: measured on an H200 for 1 and 4 tokens."""
 # 16 rows a program: a weight of 4096 rows is 256 programs, enough for 132 multiprocessors with its columns uncut.
+# Of seven choices on an H200 the fastest or within 3 % of it.
 TILES = Tiles(8, 16, 128, 2, 6)
 
 

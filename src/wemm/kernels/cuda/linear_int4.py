@@ -16,8 +16,11 @@ from wemm.kernels.cuda.tiles import Tiles, tiles_for
 from wemm.ops.linear_int4 import linear_int4
 from wemm.quantization import INT4_GROUP, num_groups
 
-# Chosen by what they hold in registers and shared memory (99 KiB on the smaller GPUs); unmeasured.
-FEW = (Tiles(8, 16, 4 * INT4_GROUP, 4, 5), Tiles(16, 32, 4 * INT4_GROUP, 4, 4))
+# Up to 8 tokens: measured on an H200, more outputs to a program where there are enough of them. The others were
+# chosen by what they hold in registers and shared memory (99 KiB on the smaller GPUs).
+FEW = (Tiles(8, 16, 4 * INT4_GROUP, 4, 3), Tiles(16, 32, 4 * INT4_GROUP, 4, 4))
+FEW_TO_MANY_OUTPUTS = Tiles(8, 32, 2 * INT4_GROUP, 2, 6)
+MANY_OUTPUTS = 8192
 MANY = (Tiles(64, 64, INT4_GROUP, 4, 4), Tiles(128, 128, INT4_GROUP, 8, 3))
 
 
@@ -126,10 +129,12 @@ def _(
     out = torch.empty(num_tokens, outputs, dtype=x.dtype, device=x.device)
     given = integers, x_scale, weight, scale, bias, out, num_tokens, outputs, num_groups(x.shape[1])
     tiles = tiles_for(num_tokens, (*FEW, *MANY))
+    if tiles is FEW[0] and outputs >= MANY_OUTPUTS:
+        tiles = FEW_TO_MANY_OUTPUTS
     shared = {"TOKENS": tiles.tokens, "OUTPUTS": tiles.outputs, "HALF": INT4_GROUP // 2}
     shared |= {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     grid = tiles.grid(num_tokens, outputs)
-    if tiles in FEW:
+    if tiles not in MANY:
         _few_tokens[grid](*given, GROUPS=tiles.inputs // INT4_GROUP, **shared)
     else:
         _many_tokens[grid](*given, **shared)

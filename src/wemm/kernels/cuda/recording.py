@@ -1,4 +1,4 @@
-"""CUDA graphs. Unverified: no GPU has run this."""
+"""CUDA graphs."""
 
 from __future__ import annotations
 

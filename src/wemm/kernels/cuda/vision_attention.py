@@ -7,7 +7,6 @@ from functools import partial
 import torch
 import triton
 import triton.language as tl
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wemm.kernels.cuda.flash_attention import (
     HALVES,
@@ -20,11 +19,11 @@ from wemm.kernels.cuda.flash_attention import (
 )
 from wemm.ops.vision_attention import vision_attention
 
-# Chosen without a GPU: no registers are spilled on capability 8.0 and 9.0, and on 9.0 (Triton 3.7.1) 128 of them
-# are enough, so that two blocks share a multiprocessor and one multiplies while the other takes exponents. The
-# others are there to be measured beside it.
-CHOSEN = Tiles(128, 64, 8, 2)
-OTHERS = (Tiles(128, 64, 8, 3), Tiles(128, 32, 8, 3), Tiles(64, 64, 4, 3))
+# On capability 9.0 (Triton 3.7.1) 128 registers are enough for LARGE, so that two blocks share a multiprocessor
+# and one multiplies while the other takes exponents. Where SMALL is faster was measured on an H200.
+LARGE, SMALL = Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 3)
+SMALL_IMAGE = 1024
+"""Patches: up to so many on average, SMALL is faster."""
 # No tensor core computes products of float32: larger ones spill thousands of bytes of registers, these 350.
 FLOAT32 = Tiles(32, 32, 8, 1)
 
@@ -136,7 +135,6 @@ def _split(head_dim: int) -> tuple[int, int]:
 
 
 def _launch(
-    tiles: Tiles,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -145,6 +143,8 @@ def _launch(
 ) -> torch.Tensor:
     num_patches, num_heads, head_dim = query.shape
     num_images = len(cu_seqlens) - 1
+    tiles = SMALL if num_patches <= SMALL_IMAGE * num_images else LARGE
+    tiles = FLOAT32 if query.dtype is torch.float32 else tiles
     main, rest = _split(head_dim)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     _vision_attention[num_packed_blocks(num_patches, num_images, tiles.queries), num_heads](
@@ -156,26 +156,5 @@ def _launch(
     return out
 
 
-_in_16_bit = partial(_supports, HALVES)
-vision_attention.impl("triton", "cuda", _in_16_bit)(partial(_launch, CHOSEN))
-for _tiles in OTHERS:
-    vision_attention.impl(f"triton_{_tiles}", "cuda", _in_16_bit, automatic=False)(partial(_launch, _tiles))
-_in_float32 = partial(_supports, (torch.float32,))
-vision_attention.impl("triton_float32", "cuda", _in_float32, automatic=False)(partial(_launch, FLOAT32))
-
-
-def _with_backend(
-    backend: SDPBackend,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
-    with sdpa_kernel(backend):
-        return vision_attention.definition(query, key, value, cu_seqlens, scale)
-
-
-# torch's own, of which the definition takes the one torch prefers: rivals to be measured, image by image.
-for _name, _backend in (("sdpa_flash", SDPBackend.FLASH_ATTENTION), ("sdpa_cudnn", SDPBackend.CUDNN_ATTENTION)):
-    vision_attention.impl(_name, "cuda", _in_16_bit, automatic=False)(partial(_with_backend, _backend))
+vision_attention.impl("triton", "cuda", partial(_supports, HALVES))(_launch)
+vision_attention.impl("triton_float32", "cuda", partial(_supports, (torch.float32,)), automatic=False)(_launch)
