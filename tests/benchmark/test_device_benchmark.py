@@ -36,9 +36,8 @@ def test_a_dry_run_takes_every_step_and_judges_nothing(dry):
     assert dry.notes[0] == "a dry run: the steps work, the figures mean nothing"
 
 
-def test_only_the_time_that_a_device_computes_is_missing_on_a_cpu(dry):
-    missing = [goal["name"] for goal in dry.figures["goals"] if goal["reached"] is None]
-    assert missing == ["decode of one, time the device computes"]
+def test_every_goal_is_compared_with_a_figure(dry):
+    assert all(goal["reached"] > 0 for goal in dry.figures["goals"])
 
 
 def test_a_cpu_is_not_judged():

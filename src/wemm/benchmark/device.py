@@ -5,7 +5,6 @@ Each is a share of a ceiling measured in the same run, or a ratio to the plain d
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,12 +19,9 @@ from wemm.benchmark.workload import Workload
 from wemm.config import EngineConfig
 from wemm.cost import decode_bytes, image_cost, kv_bytes_per_token, prefill_flops
 from wemm.engine.build import find_source
-from wemm.engine.llm import LLM
 from wemm.errors import ParameterError
 from wemm.ops.registry import definitions_only
 from wemm.platforms import resolve_platform
-from wemm.progress import terminal_bar
-from wemm.request import SamplingParams
 
 _WORDS = 12
 _REQUESTS = 2
@@ -78,7 +74,7 @@ class Goal:
     name: str
     wanted: float
     reached: float | None
-    """None: this device does not tell."""
+    """None: not measured."""
 
     @property
     def is_met(self) -> bool | None:
@@ -101,8 +97,7 @@ def run(benchmark: DeviceBenchmark) -> Result:
         steps["definitions"] = latency.run(eager, one, benchmark.output_len, 1)
     many = benchmark.workload(benchmark.concurrent)
     together = throughput.run(benchmark.engine(), many, benchmark.concurrent_output_len, compare=False)
-    busy = _share_of_decode_on_device(benchmark) if platform.device.type == "cuda" else None
-    goals = _goals(benchmark, steps, together, busy)
+    goals = _goals(benchmark, steps, together)
     judged = [goal for goal in goals if goal.is_met is not None]
     notes = [f"{sum(bool(goal.is_met) for goal in judged)} of {len(goals)} goals met"]
     if benchmark.is_dry_run:
@@ -141,9 +136,7 @@ def _rows(goals: Sequence[Goal], is_dry_run: bool) -> list[tuple[Any, ...]]:
     ]
 
 
-def _goals(
-    benchmark: DeviceBenchmark, steps: Mapping[str, Result], together: Result, busy: float | None
-) -> list[Goal]:
+def _goals(benchmark: DeviceBenchmark, steps: Mapping[str, Result], together: Result) -> list[Goal]:
     shares = {name: step.figures["share_of_ceiling"] for name, step in steps.items()}
     totals = {name: step.figures["seconds"]["total"]["median"] for name, step in steps.items()}
     plain, int4 = shares["as it comes"], shares["int4"]
@@ -158,7 +151,6 @@ def _goals(
             0.80,
             _least_seconds(benchmark, steps["as it comes"]) / together.figures["results"]["together"]["seconds"],
         ),
-        Goal("decode of one, time the device computes", 0.95, busy),
     ]
 
 
@@ -175,23 +167,6 @@ def _least_seconds(benchmark: DeviceBenchmark, measured: Result) -> float:
     computing = benchmark.concurrent * flops / (1e9 * ceilings["gemm_gflop_per_s"]["max"])
     reading = (benchmark.concurrent_output_len - 1) * per_step / (1e9 * ceilings["read_gb_per_s"]["max"])
     return computing + reading
-
-
-def _share_of_decode_on_device(benchmark: DeviceBenchmark) -> float:
-    """Of the seconds of one answer on a CUDA device, those in which a kernel runs: the CPU held up the others."""
-    params = SamplingParams(max_tokens=benchmark.output_len, ignore_eos=True, repetition_guard=False)
-    question = [{"role": "user", "content": "1"}]
-    with LLM(progress=terminal_bar, **vars(benchmark.engine())) as llm:
-        llm.chat(question, params)
-        started = time.perf_counter()
-        llm.chat(question, params)
-        seconds = time.perf_counter() - started
-        # Apart, as a profiler slows the CPU.
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            llm.chat(question, params)
-    kernels = (event for event in profile.events() or [] if event.device_type.name == "CUDA")
-    computed: float = sum(kernel.time_range.elapsed_us() for kernel in kernels) / 1e6
-    return computed / seconds
 
 
 def _chart(path: Path, benchmark: DeviceBenchmark, goals: Sequence[Goal]) -> None:

@@ -1,6 +1,6 @@
 """Triton kernels. Without Triton nothing is attached and the definitions run.
 
-The tests compute them by Triton's interpreter and compile them; on a GPU `make gpu-check` compares and measures them.
+Tests compute them by Triton's interpreter and compile them; on a GPU `make gpu-check` compares and measures them.
 """
 
 from __future__ import annotations
