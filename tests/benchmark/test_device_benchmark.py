@@ -48,7 +48,6 @@ def test_a_cpu_is_not_judged():
 def test_a_goal_is_met_from_what_was_wanted_on():
     assert Goal("", 0.85, 0.85).is_met is True
     assert Goal("", 0.85, 0.849).is_met is False
-    assert Goal("", 0.85, None).is_met is None
 
 
 def test_the_roofline_of_many_computes_every_prompt_and_reads_for_every_token_but_the_first():

@@ -73,13 +73,12 @@ class Goal:
 
     name: str
     wanted: float
-    reached: float | None
-    """None: not measured."""
+    reached: float
 
     @property
-    def is_met(self) -> bool | None:
-        """None: not to be said."""
-        return None if self.reached is None else self.reached >= self.wanted
+    def is_met(self) -> bool:
+        """Whether it is."""
+        return self.reached >= self.wanted
 
 
 def run(benchmark: DeviceBenchmark) -> Result:
@@ -98,8 +97,7 @@ def run(benchmark: DeviceBenchmark) -> Result:
     many = benchmark.workload(benchmark.concurrent)
     together = throughput.run(benchmark.engine(), many, benchmark.concurrent_output_len, compare=False)
     goals = _goals(benchmark, steps, together)
-    judged = [goal for goal in goals if goal.is_met is not None]
-    notes = [f"{sum(bool(goal.is_met) for goal in judged)} of {len(goals)} goals met"]
+    notes = [f"{sum(goal.is_met for goal in goals)} of {len(goals)} goals met"]
     if benchmark.is_dry_run:
         notes = ["a dry run: the steps work, the figures mean nothing"]
     stages = Table(
@@ -130,10 +128,10 @@ def _title(benchmark: DeviceBenchmark, device: torch.device) -> str:
 
 
 def _rows(goals: Sequence[Goal], is_dry_run: bool) -> list[tuple[Any, ...]]:
-    words = {None: "not measured", True: "yes", False: "no"}
-    return [
-        (goal.name, goal.wanted, goal.reached, "dry run" if is_dry_run else words[goal.is_met]) for goal in goals
-    ]
+    def met(goal: Goal) -> str:
+        return "dry run" if is_dry_run else "yes" if goal.is_met else "no"
+
+    return [(goal.name, goal.wanted, goal.reached, met(goal)) for goal in goals]
 
 
 def _goals(benchmark: DeviceBenchmark, steps: Mapping[str, Result], together: Result) -> list[Goal]:
@@ -141,10 +139,10 @@ def _goals(benchmark: DeviceBenchmark, steps: Mapping[str, Result], together: Re
     totals = {name: step.figures["seconds"]["total"]["median"] for name, step in steps.items()}
     plain, int4 = shares["as it comes"], shares["int4"]
     return [
-        Goal(f"decode in {benchmark.dtype}, of read bandwidth", 0.85, plain.get("inter_token")),
-        Goal("decode in int4, of read bandwidth", 0.75, int4.get("inter_token")),
-        Goal("prefill, of the matrix product", 0.60, plain.get("prefill")),
-        Goal("vision tower, of the matrix product", 0.60, plain.get("vision")),
+        Goal(f"decode in {benchmark.dtype}, of read bandwidth", 0.85, plain["inter_token"]),
+        Goal("decode in int4, of read bandwidth", 0.75, int4["inter_token"]),
+        Goal("prefill, of the matrix product", 0.60, plain["prefill"]),
+        Goal("vision tower, of the matrix product", 0.60, plain["vision"]),
         Goal("whole request, times the definitions", 3.0, totals["definitions"] / totals["as it comes"]),
         Goal(
             f"{benchmark.concurrent} at once, of the roofline",
@@ -170,5 +168,5 @@ def _least_seconds(benchmark: DeviceBenchmark, measured: Result) -> float:
 
 
 def _chart(path: Path, benchmark: DeviceBenchmark, goals: Sequence[Goal]) -> None:
-    reached = {goal.name: goal.reached / goal.wanted for goal in goals if goal.reached is not None}
+    reached = {goal.name: goal.reached / goal.wanted for goal in goals}
     bars(path, f"{benchmark.model} on {benchmark.device}", "reached over wanted", reached)

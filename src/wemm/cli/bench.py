@@ -154,7 +154,7 @@ def device(
     """What an accelerator reaches of its goals, over the full-size model with random weights: one table.
 
     Decode, prefill and vision tower as shares of ceilings of the same run, a whole request against the plain
-    definitions, many requests against the roofline. About five minutes.
+    definitions, many requests against the roofline. On an H200 it takes 80 seconds.
 
     Example: wemm bench device --dry-run
     """

@@ -24,9 +24,6 @@ class Tiles:
     num_warps: int
     num_stages: int
 
-    def __str__(self) -> str:
-        return f"{self.queries}x{self.keys}_{self.num_warps}_{self.num_stages}"
-
 
 def num_packed_blocks(num_rows: int, num_seqs: int, rows_per_block: int) -> int:
     """Programs that cover all sequences, however long each is: the host never reads where they lie."""
