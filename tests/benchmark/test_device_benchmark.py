@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from wemm.benchmark.ceilings import Ceilings
 from wemm.benchmark.device import DeviceBenchmark, Goal, _least_seconds, run
 from wemm.benchmark.result import Result
 from wemm.cost import decode_bytes, image_cost, kv_bytes_per_token, prefill_flops
@@ -16,14 +15,8 @@ from wemm.ops.registry import DEFINITION, OPS, definitions_only
 
 
 @pytest.fixture(scope="module")
-def dry():
-    def measure(self):
-        for probes, value in ((self.read_probes, 1e10), (self.copy_probes, 1e10), (self.gemm_probes, 1e12)):
-            probes.append(value)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Ceilings, "measure", measure)
-        return run(DeviceBenchmark.dry_run())
+def dry(fixed_ceilings):
+    return run(DeviceBenchmark.dry_run())
 
 
 def test_a_dry_run_takes_every_step_and_judges_nothing(dry):

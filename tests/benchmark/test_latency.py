@@ -19,15 +19,7 @@ from wemm.platforms import resolve_platform
 
 REAL = find_source(EngineConfig("wemm-chat-2k-cn", load_format="dummy"))
 TINY = EngineConfig("tiny", dtype="float32", device="cpu")
-
-
-@pytest.fixture(autouse=True)
-def _fixed_ceilings(monkeypatch):
-    def measure(self):
-        for probes, value in ((self.read_probes, 1e10), (self.copy_probes, 1e10), (self.gemm_probes, 1e12)):
-            probes.append(value)
-
-    monkeypatch.setattr(Ceilings, "measure", measure)
+pytestmark = pytest.mark.usefixtures("fixed_ceilings")
 
 
 def _metrics(total=10.0, **seconds):

@@ -20,15 +20,7 @@ load_ops()
 CPU = resolve_platform("cpu")
 SHAPES = model_shapes("wemm-chat-2k-cn")
 NANO = model_shapes("nano")
-
-
-@pytest.fixture(autouse=True)
-def _fixed_ceilings(monkeypatch):
-    def measure(self):
-        for probes, value in ((self.read_probes, 1e10), (self.copy_probes, 1e10), (self.gemm_probes, 1e12)):
-            probes.append(value)
-
-    monkeypatch.setattr(Ceilings, "measure", measure)
+pytestmark = pytest.mark.usefixtures("fixed_ceilings")
 
 
 def _work(op, case, shapes=SHAPES):
