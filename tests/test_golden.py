@@ -84,7 +84,7 @@ def _prefill(llm: LLM, prompt: ProcessedPrompt) -> tuple[torch.Tensor, torch.Ten
         assert runner.encode(VisionSlice(images, 0, num_layers, is_complete=True)) == [None]
         embeds = runner._visual_embeds[images[0].sha256]
     rows = [i for span in prompt.image_spans for i in range(span.start, span.stop)]
-    logits, errors = runner.forward(
+    forwarded = runner.forward(
         ModelInput(
             input_ids=np.array(prompt.token_ids),
             positions=np.arange(length),
@@ -95,10 +95,12 @@ def _prefill(llm: LLM, prompt: ProcessedPrompt) -> tuple[torch.Tensor, torch.Ten
             cu_seqlens_q=np.array([0, length], dtype=np.int32),
             image_rows=np.array(rows, dtype=np.int64),
             visual_slices=tuple(VisualSlice(image.sha256, 0, image.plan.num_tokens) for image in images),
+            pending_rows=np.empty(0, dtype=np.int64),
+            pending_draws=np.empty(0, dtype=np.int64),
         )
     )
-    assert errors == [None]
-    return logits[0], embeds
+    assert forwarded.is_finite.all()
+    return forwarded.logits[0], embeds
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

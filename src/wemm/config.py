@@ -278,6 +278,10 @@ class EngineConfig:
         "Tokens guessed at most per step from what the prompt and the answer repeat; answers stay the same. "
         "0: none.",
     )
+    async_scheduling: bool | None = option(
+        None,
+        "Prepare a step while the device computes the one before; answers stay the same. Default: on a GPU.",
+    )
     enforce_eager: bool = option(
         False, "Run every decode step op by op; otherwise steps of few sequences are recorded once and replayed."
     )

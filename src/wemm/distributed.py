@@ -41,6 +41,12 @@ class TensorParallel:
             torch.distributed.all_reduce(x)
         return x
 
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
+        """What rank 0 has, into the tensors of all ranks."""
+        if self.size > 1:
+            torch.distributed.broadcast(x, src=0)
+        return x
+
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """The last dimensions of all ranks, side by side."""
         if self.size == 1:

@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from PIL import Image
 
-from wemm import LLM, SamplingParams
+from wemm import LLM, SamplingParams, StructuredOutputsParams
+from wemm.engine.model_runner import ModelRunner
 from wemm.errors import InsufficientMemoryError, PromptTooLongError, RequestTimeoutError, StepError
+from wemm.platforms.transfer import HostCopy
 
 MODEL = dict(dtype="float32", device="cpu", max_model_len=400)
 PLAIN = dict(enable_prefix_caching=False, image_cache_memory=0, num_speculative_tokens=0)
@@ -42,7 +44,7 @@ def _conversation(rng):
 def _params(rng):
     options = rng.choice((
         {}, {}, {"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9, "top_k": 50},
-        {"repetition_penalty": 1.3}, {"n": 4, "temperature": 1.0}, {"logit_bias": {5: 3.0}, "min_tokens": 4},
+        {"repetition_penalty": 1.3}, {"presence_penalty": 0.5, "frequency_penalty": 0.3}, {"n": 4, "temperature": 1.0}, {"logit_bias": {5: 3.0}, "min_tokens": 4},
     ))  # fmt: skip
     return SamplingParams(
         max_tokens=rng.randrange(4, 14), seed=rng.randrange(2**40), ignore_eos=rng.random() < 0.8, **options
@@ -94,6 +96,7 @@ def alone(work):
     return answers
 
 
+ASYNC = {"async_scheduling": True}
 # Of one sequence of max_model_len: layers, keys and values, KV heads, head_dim, bytes.
 TINY_POOL = {"kv_cache_memory": 400 * 3 * 2 * 8 * 8 * 4}
 NANO_POOL = {"kv_cache_memory": 400 * 4 * 2 * 4 * 16 * 4}
@@ -112,7 +115,13 @@ NANO_POOL = {"kv_cache_memory": 400 * 4 * 2 * 4 * 16 * 4}
         ("tiny", {"block_size": 3, "max_num_batched_tokens": 50}),
         ("tiny", TINY_POOL),
         ("tiny", {**TINY_POOL, **PLAIN}),
+        ("tiny", ASYNC),
+        ("tiny", {**ASYNC, **PLAIN}),
+        ("tiny", {**ASYNC, **TINY_POOL}),
+        ("tiny", {**ASYNC, **TINY_POOL, **PLAIN}),
+        ("tiny", {**ASYNC, "max_num_seqs": 5, "max_num_batched_tokens": 23, "max_num_batched_patches": 40}),
         ("nano", {}),
+        ("nano", ASYNC),
         ("nano", {**NANO_POOL, "max_num_batched_tokens": 31, "max_num_batched_patches": 100}),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(f"{k}={v}" for k, v in value.items()),
@@ -123,7 +132,7 @@ def test_64_requests_arriving_at_random_answer_as_each_alone(model, options, wor
         stats = llm.stats
     if model == "tiny":
         assert (stats.num_preemptions > 0) == ("kv_cache_memory" in options)
-    if model == "tiny" and not options:
+    if model == "tiny" and options in ({}, ASYNC):
         assert stats.num_prefix_cached_tokens > 0
         assert stats.num_encoded_images <= 6 < stats.num_image_queries
         assert 0 < stats.num_accepted_tokens <= stats.num_draft_tokens
@@ -232,7 +241,7 @@ def test_a_step_that_raises_fails_its_requests_and_the_engine_goes_on(ask, stage
         expected = _ids(llm.chat(ask("hi"), params)[0])
         engine, runner = llm._open.engine, llm._open.engine._runner
 
-        def fail(argument):
+        def fail(*arguments):
             raise RuntimeError("no memory")
 
         with monkeypatch.context() as patch:
@@ -289,7 +298,7 @@ def test_what_a_failed_request_computed_is_not_shared(ask, monkeypatch):
         engine.add_request(_request(llm, messages, params))
         engine.step()
         with monkeypatch.context() as patch:
-            patch.setattr(runner, "forward", lambda inputs: 1 / 0)
+            patch.setattr(runner, "forward", lambda *inputs: 1 / 0)
             [output] = engine.step()
         assert isinstance(output.error, StepError)
         llm.chat(messages, params)
@@ -317,16 +326,89 @@ def test_an_image_whose_encoding_failed_halfway_begins_again(ask, monkeypatch):
         engine.check_integrity()
 
 
+def test_a_step_is_launched_before_the_tokens_of_the_one_before_are_awaited(ask, monkeypatch):
+    """From the second on; only the last step, which nobody needs, is never read."""
+    order = []
+    launch, wait = ModelRunner.forward, HostCopy.wait
+    params = SamplingParams(max_tokens=6, ignore_eos=True, temperature=0.8, top_p=0.9, repetition_penalty=1.2)
+    with LLM("tiny", **MODEL, **PLAIN, **ASYNC) as llm, LLM("tiny", **MODEL, **PLAIN) as waiting:
+        monkeypatch.setattr(ModelRunner, "forward", lambda *a: (order.append("launch"), launch(*a))[1])
+        monkeypatch.setattr(HostCopy, "wait", lambda copy: (order.append("wait"), wait(copy))[1])
+        expected = _ids(waiting.chat(ask("hi"), params)[0])
+        assert order == ["launch", "wait", "wait"] * 6
+        order.clear()
+        assert _ids(llm.chat(ask("hi"), params)[0]) == expected
+        assert order == ["launch", *["launch", "wait", "wait"] * 5, "wait", "wait"]
+        assert llm.stats.num_computed_tokens == waiting.stats.num_computed_tokens
+
+
+def test_an_answer_that_ends_by_itself_costs_one_step_in_vain(ask):
+    """What it computes is nobody's: not in the answer, not in the cache."""
+    with LLM("tiny", **MODEL, **ASYNC, num_speculative_tokens=0) as llm:
+        [whole] = llm.chat(ask("hi"), SamplingParams(max_tokens=6, ignore_eos=True))
+        [ids] = _ids(whole)
+        before = llm.stats.num_computed_tokens
+        params = SamplingParams(max_tokens=6, stop_token_ids=[ids[2]], ignore_eos=True, seed=1)
+        [output] = llm.chat(ask("hi"), params)
+        assert _ids(output)[0] == ids[: ids.index(ids[2]) + 1]
+        prompt = len(output.prompt_token_ids)
+        computed = llm.stats.num_computed_tokens - before
+        assert computed == prompt - (prompt - 1) // 16 * 16 + len(_ids(output)[0]) - 1 + 1
+        llm._open.engine.check_integrity()
+
+
+def test_answers_of_one_request_end_where_they_end(ask):
+    """While others of it go on, what was computed behind their end is dropped."""
+    params = SamplingParams(n=6, max_tokens=30, temperature=1.0, seed=2, stop_token_ids=list(range(0, 500, 9)))
+    with LLM("tiny", **MODEL, **PLAIN) as llm, LLM("tiny", **MODEL, **PLAIN, **ASYNC) as ahead:
+        expected = llm.chat(ask("hi"), params)[0].outputs
+        assert len({len(answer.token_ids) for answer in expected}) > 3
+        assert ahead.chat(ask("hi"), params)[0].outputs == expected
+
+
+def test_guesses_and_grammars_are_waited_for(ask):
+    """Beside sequences that are not: all answer as alone."""
+    choice = SamplingParams(max_tokens=12, structured_outputs=StructuredOutputsParams(choice=["yes", "no"]))
+    repeating = SamplingParams(max_tokens=40, ignore_eos=True, logprobs=2, logit_bias={5: 100})
+    plain = SamplingParams(max_tokens=25, ignore_eos=True, temperature=1.0, seed=4, min_tokens=5, logprobs=0)
+    work = [(ask("is it?"), choice), (ask("hi"), repeating), (ask("Why?"), plain)]
+    with LLM("tiny", **MODEL, **PLAIN) as llm:
+        alone = [llm.chat(messages, params)[0].outputs[0] for messages, params in work]
+    with LLM("tiny", **MODEL, **ASYNC) as llm:
+        together = llm.chat([messages for messages, _ in work], [params for _, params in work])
+        assert llm.stats.num_accepted_tokens > 0
+    assert together[0].outputs[0].text in ("yes", "no")
+    for expected, output in zip(alone, together, strict=True):
+        answer = output.outputs[0]
+        assert answer.token_ids == expected.token_ids
+        assert answer.cumulative_logprob == pytest.approx(expected.cumulative_logprob, abs=1e-3)
+
+
+def test_a_step_that_fails_on_the_device_fails_its_requests(ask, monkeypatch):
+    """Which is heard of when its tokens are asked for."""
+    params = SamplingParams(max_tokens=3, ignore_eos=True)
+    with LLM("tiny", **MODEL, **ASYNC) as llm:
+        expected = _ids(llm.chat(ask("hi"), params)[0])
+        with monkeypatch.context() as patch:
+            patch.setattr(HostCopy, "wait", lambda copy: 1 / 0)
+            with pytest.raises(StepError, match="step failed: ZeroDivisionError"):
+                llm.chat(ask("hi"), params)
+        llm._open.engine.check_integrity()
+        assert _ids(llm.chat(ask("hi"), params)[0]) == expected
+
+
 class EngineMachine(RuleBasedStateMachine):
     """Requests added, aborted and computed in any order on a small engine; then all finish as alone."""
 
     WORK = _workload(12, seed=5)
+    ASYNC_SCHEDULING = False
 
     def __init__(self):
         super().__init__()
         self.llm = LLM(
             "tiny", **MODEL, max_num_seqs=4, max_num_batched_tokens=30,
             max_num_batched_patches=60, image_cache_memory=20_000, **TINY_POOL,
+            async_scheduling=self.ASYNC_SCHEDULING,
         )  # fmt: skip
         self.engine = self.llm._open.engine
         self.under_way = {}
@@ -379,3 +461,14 @@ class TestEngineMachine(EngineMachine.TestCase):
     def setup_class(cls):
         with LLM("tiny", **MODEL, **PLAIN) as llm:
             ANSWERS[:] = [_ids(llm.chat(*work)[0]) for work in EngineMachine.WORK]
+
+
+class AsyncEngineMachine(EngineMachine):
+    """The same, every step launched before the one before is known."""
+
+    ASYNC_SCHEDULING = True
+
+
+class TestAsyncEngineMachine(AsyncEngineMachine.TestCase):
+    settings = TestEngineMachine.settings
+    setup_class = TestEngineMachine.setup_class

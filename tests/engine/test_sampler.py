@@ -28,18 +28,28 @@ LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0])
 
 def test_repetition_penalty_counts_prompt_and_answer_but_not_image_positions():
     params = SamplingParams(repetition_penalty=2.0)
-    result = apply_penalties(LOGITS, [-200, 0, 3], [3, 1], params)
+    result = apply_penalties(LOGITS, SamplingRow(params, 0, 0, [-200, 0, 3], [3, 1]))
     assert result.tolist() == [1.0, 0.5, 0.0, -2.0, -2.0]
 
 
 def test_presence_and_frequency_count_the_answer_only():
     params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
-    result = apply_penalties(LOGITS, [4, 4, 4], [1, 1, 2], params)
+    result = apply_penalties(LOGITS, SamplingRow(params, 0, 0, [4, 4, 4], [1, 1, 2]))
     assert result.tolist() == [2.0, 1 - 0.5 - 0.5, -0.75, -1.0, -2.0]
 
 
 def test_no_penalty_leaves_the_logits_alone():
-    assert apply_penalties(LOGITS, [0, 1], [2], SamplingParams()) is LOGITS
+    assert apply_penalties(LOGITS, SamplingRow(SamplingParams(), 0, 0, [0, 1], [2])) is LOGITS
+
+
+@pytest.mark.parametrize("last", [0, 1, 4])
+def test_a_token_that_only_the_device_knows_counts_like_any_other(last):
+    params = SamplingParams(repetition_penalty=1.7, presence_penalty=0.5, frequency_penalty=0.25, min_tokens=3)
+    ends = frozenset({2})
+    here = SamplingRow(params, 0, 0, [0, 3], [3, 1, last], ends)
+    there = SamplingRow(params, 0, 0, [0, 3], [3, 1], ends, pending_token_id=torch.tensor([last]))
+    assert here.position == there.position == 3
+    assert torch.equal(adjust(LOGITS, here), adjust(LOGITS, there))
 
 
 def _kept(**options):
@@ -140,7 +150,7 @@ def test_the_generator_is_splitmix64():
 
 def _choose(logits, **options):
     row = {"params": SamplingParams(), "seed": 0, "index": 0, "prompt_token_ids": [], "output_token_ids": []}
-    return sample(torch.tensor([logits]), [SamplingRow(**{**row, **options})])[0].token_id
+    return sample(torch.tensor([logits]), [SamplingRow(**{**row, **options})]).fetch()[0].token_id
 
 
 def test_a_bias_is_added_and_can_force_or_forbid():
@@ -169,9 +179,9 @@ def test_the_logits_given_are_left_alone():
         SamplingRow(SamplingParams(logit_bias={2: 5}), 0, 0, [], []),
         SamplingRow(SamplingParams(), 0, 0, [], []),
     ]
-    assert [token.token_id for token in sample(logits, rows)] == [2, 0]
+    assert [token.token_id for token in sample(logits, rows).fetch()] == [2, 0]
     assert logits.tolist() == [[2.0, 1.0, 0.0]] * 2
-    assert sample(logits[:0], []) == []
+    assert sample(logits[:0], []).fetch() == []
 
 
 def test_nothing_but_the_tokens_is_asked_of_the_device():
@@ -180,7 +190,8 @@ def test_nothing_but_the_tokens_is_asked_of_the_device():
         temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.2, presence_penalty=0.5,
         frequency_penalty=0.5, min_tokens=9, logit_bias={1: 2.0},
     )  # fmt: skip
-    row = SamplingRow(params, 0, 0, [1, 2, 2], [3, 3], frozenset({4}), torch.ones(50, dtype=torch.bool))
+    allowed, pending = torch.ones(50, dtype=torch.bool), torch.empty(1, dtype=torch.int64, device="meta")
+    row = SamplingRow(params, 0, 0, [1, 2, 2], [3, 3], frozenset({4}), allowed, pending)
     logits = torch.empty(2, 50, device="meta")
     adjusted = adjust(logits[0], row)
     assert adjusted is not None

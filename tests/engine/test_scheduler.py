@@ -51,10 +51,15 @@ def _step(scheduler, encoder_cache=None):
     for image in plan.vision.images if plan.vision and plan.vision.is_complete else ():
         encoder_cache.store(image.sha256, image.plan.num_tokens)
     for entry in plan.scheduled:
-        if entry.is_complete:
-            entry.sequence.output_token_ids.append(0)
-        scheduler.update(entry, num_accepted=0)
+        _compute(scheduler, entry)
     return {entry.sequence.seq_id: entry.num_new_tokens for entry in plan.scheduled}, plan.vision
+
+
+def _compute(scheduler, entry):
+    scheduler.advance(entry)
+    if entry.is_complete:
+        entry.sequence.num_pending_tokens -= 1
+        entry.sequence.output_token_ids.append(0)
 
 
 def _tokens(scheduler):
@@ -314,17 +319,63 @@ def test_drafts_follow_what_was_seen_before_and_stay_within_limits():
     sequence = _sequence("a", 8, draft=4)
     sequence.request = Request("a", ProcessedPrompt((1, 2, 3, 4, 5, 1, 2, 3)), SamplingParams(), 0, 0.0)
     scheduler.add(sequence)
-    scheduler.update(scheduler.schedule().scheduled[0], 0)
+    scheduler.advance(scheduler.schedule().scheduled[0])
+    sequence.num_pending_tokens = 0
     sequence.output_token_ids += [4]
     [entry] = scheduler.schedule().scheduled
     assert entry.draft_token_ids == (5, 1)
+    assert entry.decides_what_follows
+    scheduler.advance(entry)
+    sequence.num_pending_tokens = 0
     sequence.output_token_ids += [5, 1, 2]
-    scheduler.update(entry, num_accepted=2)
+    scheduler.accept_drafts(entry, num_accepted=2)
     assert sequence.num_computed_tokens == 11
     [entry] = scheduler.schedule().scheduled
     assert entry.draft_token_ids == (3, 4, 5, 1)  # twice as many, as all came true
     sequence.answer = type("Answer", (), {"num_tokens_left": 2})
     assert len(scheduler.schedule().scheduled[0].draft_token_ids) == 1
+
+
+def test_a_sequence_goes_on_before_its_last_token_is_known():
+    """It is given a block for it, and guesses for what follows it if it is the one that was expected."""
+    scheduler, kv_cache, _ = _scheduler(tokens=20)
+    sequence = _sequence("a", 7, draft=2)
+    sequence.request = Request("a", ProcessedPrompt((1, 2, 3, 4, 1, 2, 3)), SamplingParams(), 0, 0.0)
+    scheduler.add(sequence)
+    scheduler.advance(scheduler.schedule().scheduled[0])
+    assert (sequence.num_tokens, sequence.num_known_tokens, sequence.num_computed_tokens) == (8, 7, 7)
+    [entry] = scheduler.schedule().scheduled
+    assert (entry.start, entry.stop, entry.is_complete) == (7, 8, True)
+    assert entry.draft_token_ids == (1, 2)  # 4 is expected at position 7
+    assert len(kv_cache.block_table("a")) == 3
+    scheduler.advance(entry)
+    assert sequence.num_pending_tokens == 2
+
+
+def test_no_step_is_computed_behind_the_last_token_allowed():
+    scheduler, *_ = _scheduler()
+    first, second = _sequence("a", 3), _sequence("b", 3)
+    first.answer = type("Answer", (), {"num_tokens_left": 2})
+    for sequence in (first, second):
+        scheduler.add(sequence)
+    for expected in (["a", "b"], ["a", "b"], ["b"]):
+        scheduled = scheduler.schedule().scheduled
+        assert [entry.sequence.seq_id for entry in scheduled] == expected
+        for entry in scheduled:
+            scheduler.advance(entry)
+
+
+def test_a_block_is_shared_only_when_all_its_tokens_are_known():
+    """One whose last token is on its way has no name yet."""
+    scheduler, kv_cache, _ = _scheduler()
+    sequence = _sequence("a", 7)
+    scheduler.add(sequence)
+    for num_known, num_shared in ((7, 1), (8, 1), (9, 2)):
+        scheduler.advance(scheduler.schedule().scheduled[0])
+        assert sequence.num_known_tokens == num_known
+        assert kv_cache._num_published["a"] == num_shared
+        sequence.num_pending_tokens -= num_known > 7  # the first answer stays a step behind
+        sequence.output_token_ids += [0]
 
 
 def test_removing_gives_everything_back():

@@ -129,6 +129,7 @@ def build_engine(config: EngineConfig, progress: ProgressBar) -> BuiltEngine:
             _limits(config, source, platform, dtype),
             plan.max_model_len,
             config.num_speculative_tokens,
+            platform.computes_beside_cpu if config.async_scheduling is None else config.async_scheduling,
         ),
         processor=make_processor(config, source, tokenizer, plan.max_model_len),
         tokenizer=tokenizer,
@@ -161,7 +162,7 @@ def _make_runner(
 ) -> Runner:
     def load(tensor_parallel: TensorParallel) -> ModelRunner:
         model = _load_model(config, source, platform, dtype, tensor_parallel, progress)
-        return _runner(config, source, platform, dtype, model, num_blocks)
+        return _runner(config, source, platform, dtype, model, num_blocks, tensor_parallel)
 
     size = config.tensor_parallel_size
     # Whoever uses torchrun places its processes.
@@ -187,15 +188,23 @@ def build_rank(config: EngineConfig, platform: Platform, group: Group) -> ModelR
     _, (num_blocks, dtype) = group.receive()
     source = find_source(config)
     model = _load_model(config, source, platform, dtype, group.tensor_parallel, silent)
-    return _runner(config, source, platform, dtype, model, num_blocks)
+    return _runner(config, source, platform, dtype, model, num_blocks, group.tensor_parallel)
 
 
 def _runner(
-    config: EngineConfig, source: Source, platform: Platform, dtype: str, model: WemmModel, num_blocks: int
+    config: EngineConfig,
+    source: Source,
+    platform: Platform,
+    dtype: str,
+    model: WemmModel,
+    num_blocks: int,
+    tensor_parallel: TensorParallel,
 ) -> ModelRunner:
     dtypes = getattr(torch, dtype), getattr(torch, config.kv_dtype(dtype))
     record = None if config.enforce_eager or config.tensor_parallel_size > 1 else recorder(platform.device.type)
-    return ModelRunner(model, source.config, platform, *dtypes, num_blocks, config.block_size, record)
+    return ModelRunner(
+        model, source.config, platform, *dtypes, num_blocks, config.block_size, record, tensor_parallel
+    )
 
 
 def check(config: EngineConfig, source: Source, tokenizer: Tokenizer) -> None:

@@ -1,4 +1,9 @@
-"""The engine: requests in, `step()` until they are done, outputs out."""
+"""The engine: requests in, `step()` until they are done, outputs out.
+
+Where a device computes beside the CPU, a step is scheduled and launched while the one before is computed: tokens drawn
+there go into it on the device, and are known here when the next step is under way. Sequences that may have ended with
+them are computed once more in vain. A step whose tokens decide what follows (drafts, grammars) is waited for.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +12,20 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+
 from wemm.engine.encoder_cache import EncoderCache
 from wemm.engine.kv_cache import KVCacheManager
 from wemm.engine.model_input import model_input
-from wemm.engine.model_runner import Runner
+from wemm.engine.model_runner import Runner, numerical_error
 from wemm.engine.output import Answer
-from wemm.engine.sampler import SampledToken, SamplingRow, sample
+from wemm.engine.sampler import Draws, SampledToken, SamplingRow, sample
 from wemm.engine.scheduler import Limits, ScheduledSequence, Scheduler, VisionSlice
 from wemm.engine.sequence import Request, Sequence
 from wemm.engine.speculation import Speculator
 from wemm.errors import EngineError, RankError, RequestTimeoutError, StepError, StructuredOutputError, WemmError
 from wemm.model.wemm import WemmModel
+from wemm.platforms.transfer import HostCopy
 from wemm.processing.tokenizer import Tokenizer
 from wemm.request import CompletionOutput, Logprob, RequestOutput
 
@@ -35,6 +43,21 @@ class _Progress:
     @property
     def finished(self) -> bool:
         return self.error is not None or all(s.answer.finish_reason for s in self.sequences)
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A step in the hands of the device."""
+
+    scheduled: tuple[ScheduledSequence, ...]
+    draws: Draws
+    is_finite: HostCopy
+    first_draws: dict[str, int]
+    """Of its complete sequences, by id: which of the draws is the token behind the last known one."""
+
+    @property
+    def decides_what_follows(self) -> bool:
+        return any(entry.decides_what_follows for entry in self.scheduled)
 
 
 @dataclass(frozen=True)
@@ -78,6 +101,7 @@ class Engine:
         limits: Limits,
         max_model_len: int,
         num_speculative_tokens: int,
+        async_scheduling: bool,
     ) -> None:
         self._runner = runner
         self._tokenizer = tokenizer
@@ -86,6 +110,8 @@ class Engine:
         self._embed_bytes_per_token = limits.embed_bytes_per_token
         self._max_model_len = max_model_len
         self._num_speculative_tokens = num_speculative_tokens
+        self._async_scheduling = async_scheduling
+        self._launched: _Launched | None = None
         self._scheduler = Scheduler(kv_cache, encoder_cache, limits)
         self._requests: dict[str, _Progress] = {}
         self._changed: dict[str, _Progress] = {}
@@ -155,13 +181,21 @@ class Engine:
                 self._scheduler.remove(sequence)
 
     def step(self) -> list[RequestOutput]:
-        """Compute one batch; returns the new state of every request that it brought forward."""
+        """Launch one batch; returns the new state of every request that it, or the one before, brought forward."""
         self._give_up_late_requests()
+        if self._launched is not None and self._launched.decides_what_follows:
+            self._collect()
         if self._scheduler.has_work:
             plan = self._scheduler.schedule()
             self._num_steps += 1
-            self._encode_images(plan.vision)
-            self._compute([entry for entry in plan.scheduled if self._is_wanted(entry.sequence)])
+            if plan.vision is not None:
+                self._collect()  # an image takes longer than a token
+                self._encode_images(plan.vision)
+            launched = self._launch(tuple(entry for entry in plan.scheduled if self._is_wanted(entry.sequence)))
+            self._collect()
+            self._launched = launched
+            if not self._async_scheduling:
+                self._collect()
             self._runner.drop_images(self._encoder_cache.take_dropped())
         return self._outputs()
 
@@ -187,11 +221,10 @@ class Engine:
 
     def _is_wanted(self, sequence: Sequence) -> bool:
         progress = self._requests.get(sequence.request.request_id)
-        return progress is not None and progress.error is None
+        is_ours = progress is not None and progress.request is sequence.request and progress.error is None
+        return is_ours and sequence.answer.finish_reason is None
 
-    def _encode_images(self, vision: VisionSlice | None) -> None:
-        if vision is None:
-            return
+    def _encode_images(self, vision: VisionSlice) -> None:
         holders = {image.sha256: self._holders(image.sha256) for image in vision.images}
         waiting = {p.request.request_id: p for progresses in holders.values() for p in progresses}
         for progress in waiting.values():
@@ -219,41 +252,71 @@ class Engine:
         request_ids = dict.fromkeys(seq_id.rsplit("#", 1)[0] for seq_id in self._encoder_cache.holders(sha256))
         return [self._requests[request_id] for request_id in request_ids]
 
-    def _compute(self, scheduled: list[ScheduledSequence]) -> None:
+    def _launch(self, scheduled: tuple[ScheduledSequence, ...]) -> _Launched | None:
+        """Nothing here waits for the device."""
         if not scheduled:
-            return
+            return None
         for entry in scheduled:
             _record_queue(entry.sequence.request)
-        complete = [entry for entry in scheduled if entry.is_complete]
+        before = self._launched
+        drawn, first_draws = (before.draws.token_ids, before.first_draws) if before else (None, {})
         try:
-            inputs = model_input(scheduled, self._kv_cache)
-            logits, errors = self._runner.forward(inputs)
-            tokens = sample(logits, [row for entry in complete for row in _sampling_rows(entry)])
+            inputs = model_input(scheduled, self._kv_cache, first_draws)
+            forwarded = self._runner.forward(inputs, drawn)
+            rows: list[SamplingRow] = []
+            next_draws: dict[str, int] = {}
+            for entry in scheduled:
+                if entry.is_complete:
+                    next_draws[entry.sequence.seq_id] = len(rows)
+                    rows += _sampling_rows(entry, drawn, first_draws)
+            launched = _Launched(
+                scheduled, sample(forwarded.logits, rows), HostCopy(forwarded.is_finite), next_draws
+            )
         except RankError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, only the requests of this step fail
-            for entry in scheduled:
-                self._fail(self._requests[entry.sequence.request.request_id], _step_error("step", error))
-            return
+            self._fail_step(scheduled, error)
+            return None
         self._num_computed_tokens += len(inputs.input_ids)
         self._num_computed_image_tokens += len(inputs.image_rows)
-        results = iter(zip(tokens, errors, strict=True))
         for entry in scheduled:
+            self._scheduler.advance(entry)
+        return launched
+
+    def _collect(self) -> None:
+        """Wait for the step that was launched, and take its tokens."""
+        launched, self._launched = self._launched, None
+        if launched is None:
+            return
+        try:
+            tokens, is_finite = launched.draws.fetch(), launched.is_finite.wait().tolist()
+        except Exception as error:  # noqa: BLE001 - here a device says what went wrong in a step
+            self._fail_step(launched.scheduled, error)
+            return
+        results = iter(zip(tokens, is_finite, strict=True))
+        for entry in launched.scheduled:
             if not entry.is_complete:
-                self._scheduler.update(entry, num_accepted=0)
                 continue
             drawn = [next(results) for _ in range(1 + len(entry.draft_token_ids))]
-            if self._is_wanted(entry.sequence):  # another answer of the same request may just have failed
-                self._advance(entry, drawn)
+            if self._is_wanted(entry.sequence):  # it may have ended, or failed with another answer, meanwhile
+                self._take(entry, drawn)
 
-    def _advance(self, entry: ScheduledSequence, drawn: Iterable[tuple[SampledToken, WemmError | None]]) -> None:
+    def _fail_step(self, scheduled: Iterable[ScheduledSequence], error: Exception) -> None:
+        failure = _step_error("step", error)
+        for entry in scheduled:
+            if self._is_wanted(entry.sequence):
+                self._fail(self._requests[entry.sequence.request.request_id], failure)
+
+    def _take(self, entry: ScheduledSequence, drawn: Iterable[tuple[SampledToken, list[bool]]]) -> None:
         """Take the token behind a sequence, and those behind its drafts as far as these were right."""
         sequence = entry.sequence
+        sequence.num_pending_tokens -= 1
         progress = self._requests[sequence.request.request_id]
         num_accepted = -1
-        for (token, error), guess in zip(drawn, (*entry.draft_token_ids, None), strict=True):
-            if error is not None:
-                self._fail(progress, error)
+        for (token, is_finite), guess in zip(drawn, (*entry.draft_token_ids, None), strict=True):
+            if not all(is_finite):
+                stage = "logits" if is_finite[0] else "language_model"
+                self._fail(progress, numerical_error(stage, self._runner.dtype))
                 return
             try:
                 self._append(sequence, token)
@@ -263,7 +326,8 @@ class Engine:
             num_accepted += 1
             if token.token_id != guess or sequence.answer.finish_reason:
                 break
-        self._scheduler.update(entry, num_accepted)
+        if entry.draft_token_ids:
+            self._scheduler.accept_drafts(entry, num_accepted)
         if sequence.answer.finish_reason:
             self._scheduler.remove(sequence)
         self._changed[sequence.request.request_id] = progress
@@ -303,8 +367,14 @@ class Engine:
         return outputs
 
 
-def _sampling_rows(entry: ScheduledSequence) -> list[SamplingRow]:
+def _sampling_rows(
+    entry: ScheduledSequence, drawn: torch.Tensor | None, draws: dict[str, int]
+) -> list[SamplingRow]:
     sequence, draft = entry.sequence, list(entry.draft_token_ids)
+    pending = None
+    if sequence.num_pending_tokens and drawn is not None:
+        at = draws[sequence.seq_id]
+        pending = drawn[at : at + 1]
     return [
         SamplingRow(
             params=sequence.params,
@@ -312,6 +382,7 @@ def _sampling_rows(entry: ScheduledSequence) -> list[SamplingRow]:
             index=sequence.index,
             prompt_token_ids=sequence.request.prompt.token_ids,
             output_token_ids=[*sequence.output_token_ids, *draft[:i]] if draft else sequence.output_token_ids,
+            pending_token_id=pending,
             end_token_ids=sequence.answer.end_token_ids,
             allowed=sequence.grammar.allowed() if sequence.grammar else None,
         )

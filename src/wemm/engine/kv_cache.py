@@ -49,12 +49,12 @@ class KVCacheManager:
         return len(self._free)
 
     def block_hashes(self, sequence: Sequence) -> list[bytes]:
-        """Hashes of the full blocks of a sequence, in order; the last token never belongs to one.
+        """Hashes of the full blocks of a sequence, in order; the last known token never belongs to one.
 
         It must be computed even if all before it is cached: its logits are wanted.
         """
         hashes, size = sequence.block_hashes, self.block_size
-        for index in range(len(hashes), (sequence.num_tokens - 1) // size):
+        for index in range(len(hashes), (sequence.num_known_tokens - 1) // size):
             start, stop = index * size, (index + 1) * size
             digest = hashlib.sha256(hashes[-1] if hashes else self._root(sequence))
             digest.update(np.array(sequence.tokens(start, stop), dtype=np.int64).tobytes())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from wemm.config import ModelConfig
+from wemm.distributed import SINGLE, TensorParallel
 from wemm.engine.decode_graphs import DecodeGraphs, num_spare_blocks
 from wemm.engine.model_input import ModelInput
 from wemm.engine.scheduler import VisionSlice
@@ -18,7 +20,16 @@ from wemm.kernels import Record, release_memory
 from wemm.model.batch import Batch, ImageBatch
 from wemm.model.wemm import WemmModel
 from wemm.platforms import Platform
+from wemm.platforms.transfer import to_device
 from wemm.processing.image_processor import ProcessedImage
+
+
+@dataclass(frozen=True)
+class Forwarded:
+    """What a step leaves on the device."""
+
+    logits: torch.Tensor  # float32 [num_logits, vocab_size]
+    is_finite: torch.Tensor  # bool [num_logits, 2]: hidden states, logits
 
 
 class Runner(Protocol):
@@ -32,11 +43,15 @@ class Runner(Protocol):
     def device(self) -> torch.device:
         """Where logits lie."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+
     def encode(self, vision: VisionSlice) -> list[NumericalError | None]:
         """Part of a vision-tower call. At its end every image's embeddings are kept, or its error returned."""
 
-    def forward(self, model_input: ModelInput) -> tuple[torch.Tensor, list[NumericalError | None]]:
-        """Logits float32 [num_logits, vocab_size], and per row what is wrong with it."""
+    def forward(self, model_input: ModelInput, last_token_ids: torch.Tensor | None) -> Forwarded:
+        """A step, launched. `last_token_ids`: int64, those the last one has drawn, for its pending rows."""
 
     def drop_images(self, hashes: Sequence[str]) -> None:
         """Forget the embeddings of these images."""
@@ -58,12 +73,15 @@ class ModelRunner:
         num_blocks: int,
         block_size: int,
         record: Record | None = None,
+        tensor_parallel: TensorParallel = SINGLE,
     ) -> None:
         """With `record`, decode steps are replayed where they can be."""
         self._model = model
+        self._tensor_parallel = tensor_parallel
         self._config = config
         self._platform = platform
-        self._dtype = dtype
+        self.dtype = dtype
+        """What the model computes in."""
         sizes = platform.decode_graph_sizes if record else ()
         # Never read before it is written, so memory is taken only as it is used.
         self._kv_cache = torch.empty(
@@ -91,7 +109,7 @@ class ModelRunner:
         self._platform.select()
         tower = self._model.vision_tower
         if vision.first_layer == 0:
-            packed = image_batch(vision.images, self._config.vision, self._dtype, self.device)
+            packed = image_batch(vision.images, self._config.vision, self.dtype, self.device)
             self._encoding = packed, tower.embeddings(packed.patches, packed.position_ids)
         assert self._encoding is not None
         packed, x = self._encoding
@@ -113,25 +131,24 @@ class ModelRunner:
         results: list[NumericalError | None] = []
         for image, image_features, image_embeds in zip(images, per_image, embeds, strict=True):
             if not _finite(image_features):
-                results.append(self._numerical_error("vision_tower"))
+                results.append(numerical_error("vision_tower", self.dtype))
             elif not _finite(image_embeds):
-                results.append(self._numerical_error("downsampler"))
+                results.append(numerical_error("downsampler", self.dtype))
             else:
                 results.append(None)
                 self._visual_embeds[image.sha256] = image_embeds
         return results
 
     @torch.inference_mode()
-    def forward(self, model_input: ModelInput) -> tuple[torch.Tensor, list[NumericalError | None]]:
-        """Logits float32 [num_logits, vocab_size], and per row what is wrong with it."""
+    def forward(self, model_input: ModelInput, last_token_ids: torch.Tensor | None = None) -> Forwarded:
+        """A step, launched. Ranks other than the first are sent the ids of pending rows by that."""
         self._platform.select()
-        batch = self._batch(model_input)
+        batch = self._batch(model_input, last_token_ids)
         hidden = self._decode_graphs.forward(batch) if self._decode_graphs else None
         if hidden is None:
             hidden = self._model(batch, self._kv_cache)
         logits = self._model.compute_logits(hidden)
-        finite = torch.stack((hidden.isfinite().all(-1), logits.isfinite().all(-1)), dim=1)
-        return logits, [self._row_error(*row) for row in finite.tolist()]
+        return Forwarded(logits, torch.stack((_are_finite(hidden), _are_finite(logits)), dim=1))
 
     def drop_images(self, hashes: Sequence[str]) -> None:
         """Forget the embeddings of these images."""
@@ -143,10 +160,10 @@ class ModelRunner:
         self._platform.release()
         release_memory(self.device.type)
 
-    def _batch(self, m: ModelInput) -> Batch:
+    def _batch(self, m: ModelInput, last_token_ids: torch.Tensor | None) -> Batch:
         visual = [self._visual_embeds[s.sha256][s.start : s.stop] for s in m.visual_slices]
         return Batch(
-            input_ids=self._tensor(m.input_ids),
+            input_ids=self._input_ids(m, last_token_ids),
             positions=self._tensor(m.positions),
             slot_mapping=self._tensor(m.slot_mapping),
             block_tables=self._tensor(m.block_tables),
@@ -157,17 +174,29 @@ class ModelRunner:
             visual_embeds=torch.cat(visual) if visual else None,
         )
 
+    def _input_ids(self, m: ModelInput, last_token_ids: torch.Tensor | None) -> torch.Tensor:
+        input_ids = self._tensor(m.input_ids)
+        if not len(m.pending_rows):
+            return input_ids
+        if last_token_ids is None:
+            pending = torch.empty(len(m.pending_rows), dtype=torch.int64, device=self.device)
+        else:
+            pending = last_token_ids[self._tensor(m.pending_draws)]
+        return input_ids.index_copy(0, self._tensor(m.pending_rows), self._tensor_parallel.broadcast(pending))
+
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(self.device, non_blocking=True)
+        return to_device(torch.from_numpy(values), self.device)
 
-    def _row_error(self, hidden_finite: bool, logits_finite: bool) -> NumericalError | None:
-        if hidden_finite and logits_finite:
-            return None
-        return self._numerical_error("logits" if hidden_finite else "language_model")
 
-    def _numerical_error(self, stage: str) -> NumericalError:
-        return NumericalError(stage, str(self._dtype).removeprefix("torch."))
+def numerical_error(stage: str, dtype: torch.dtype) -> NumericalError:
+    """A stage has computed NaN or Inf in a dtype."""
+    return NumericalError(stage, str(dtype).removeprefix("torch."))
 
 
 def _finite(x: torch.Tensor) -> bool:
     return bool(x.isfinite().all())
+
+
+def _are_finite(x: torch.Tensor) -> torch.Tensor:
+    """bool [num_rows]: NaN and infinities of a row show in its smallest or its largest value."""
+    return torch.stack(x.aminmax(dim=-1)).isfinite().all(dim=0)

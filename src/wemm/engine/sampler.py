@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from wemm.platforms.transfer import HostCopy, to_device
 from wemm.request import SamplingParams
 
 _UINT64 = 2**64 - 1
@@ -31,11 +32,18 @@ class SamplingRow:
     """Which of the request's n answers."""
     prompt_token_ids: Sequence[int]
     output_token_ids: Sequence[int]
-    """The answer before this token, drafts included."""
+    """The answer before this token, drafts included, as far as it is known."""
     end_token_ids: frozenset[int] = frozenset()
     """Tokens that would end the answer."""
     allowed: torch.Tensor | None = None
     """bool [vocab_size], what a grammar permits; None: everything."""
+    pending_token_id: torch.Tensor | None = None
+    """int64 [1] on the device: the answer's last token where only the device knows it."""
+
+    @property
+    def position(self) -> int:
+        """Tokens of the answer before this one."""
+        return len(self.output_token_ids) + (self.pending_token_id is not None)
 
 
 @dataclass(frozen=True)
@@ -50,46 +58,66 @@ class SampledToken:
     """(token id, log probability) of the most probable tokens, if they were asked for."""
 
 
+class Draws:
+    """The tokens of a step: at once on the device, where the next step reads them, and later here."""
+
+    def __init__(self, token_ids: torch.Tensor, logprobs: _Logprobs | None) -> None:
+        self.token_ids = token_ids
+        """int64 [num_rows]"""
+        self._logprobs = logprobs
+        self._token_ids = HostCopy(token_ids)
+
+    def fetch(self) -> list[SampledToken]:
+        """Wait for them."""
+        token_ids = self._token_ids.wait().tolist()
+        if self._logprobs is None:
+            return [SampledToken(token_id, 0.0, 0, ()) for token_id in token_ids]
+        return self._logprobs.fetch(token_ids)
+
+
+class _Logprobs:
+    def __init__(self, logits: torch.Tensor, token_ids: torch.Tensor, counts: Sequence[int]) -> None:
+        logprobs = logits.log_softmax(dim=-1)
+        picked = logprobs.gather(1, token_ids.unsqueeze(1))
+        ranks = (logprobs > picked).sum(dim=1, keepdim=True) + 1
+        values, ids = logprobs.topk(min(max(counts), logits.shape[1]), dim=-1)
+        # Integers and numbers come in one piece each.
+        self._integers = HostCopy(torch.cat((ranks, ids), dim=1))
+        self._numbers = HostCopy(torch.cat((picked, values), dim=1))
+        self._counts = counts
+
+    def fetch(self, token_ids: Sequence[int]) -> list[SampledToken]:
+        integers, numbers = self._integers.wait().tolist(), self._numbers.wait().tolist()
+        return [
+            SampledToken(token_id, logprob, rank, tuple(zip(top_ids[:count], top_values[:count], strict=True)))
+            for token_id, count, (rank, *top_ids), (logprob, *top_values) in zip(
+                token_ids, self._counts, integers, numbers, strict=True
+            )
+        ]
+
+
 @torch.inference_mode()
-def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
-    """Choose one token per row. logits: float32 [num_rows, vocab_size]."""
-    if not rows:
-        return []
+def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Draws:
+    """Choose one token per row, without waiting for it. logits: float32 [num_rows, vocab_size]."""
     adjusted = logits
     for i, row in enumerate(rows):
         changed = adjust(logits[i], row)
         if changed is not None:
             adjusted = logits.clone() if adjusted is logits else adjusted
             adjusted[i] = changed
-    chosen = adjusted.argmax(dim=-1)
+    token_ids = adjusted.argmax(dim=-1)
     drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
     if drawn:
         at = _sent(drawn, torch.int64, logits.device)
-        chosen[at] = _draw(adjusted[at], [rows[i] for i in drawn])
+        token_ids[at] = _draw(adjusted[at], [rows[i] for i in drawn])
     if all(row.params.logprobs is None for row in rows):
-        return [SampledToken(token_id, 0.0, 0, ()) for token_id in chosen.tolist()]
-    return _with_logprobs(logits, chosen, [row.params.logprobs or 0 for row in rows])
-
-
-def _with_logprobs(logits: torch.Tensor, chosen: torch.Tensor, counts: Sequence[int]) -> list[SampledToken]:
-    logprobs = logits.log_softmax(dim=-1)
-    picked = logprobs.gather(1, chosen.unsqueeze(1))
-    ranks = (logprobs > picked).sum(dim=1) + 1
-    values, ids = logprobs.topk(min(max(counts), logits.shape[1]), dim=-1)
-    # Integers and numbers come to the host in one piece each.
-    integers = torch.cat((chosen.unsqueeze(1), ranks.unsqueeze(1), ids), dim=1).tolist()
-    numbers = torch.cat((picked, values), dim=1).tolist()
-    return [
-        SampledToken(token_id, logprob, rank, tuple(zip(top_ids[:count], top_values[:count], strict=True)))
-        for count, (token_id, rank, *top_ids), (logprob, *top_values) in zip(
-            counts, integers, numbers, strict=True
-        )
-    ]
+        return Draws(token_ids, None)
+    return Draws(token_ids, _Logprobs(logits, token_ids, [row.params.logprobs or 0 for row in rows]))
 
 
 def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     probs = filtered_probs(logits, [row.params for row in rows])
-    keys = [random_key(row.seed, row.index, len(row.output_token_ids)) for row in rows]
+    keys = [random_key(row.seed, row.index, row.position) for row in rows]
     # Dividing by exponential noise and taking the largest draws from the distribution.
     return (probs / exponential_noise(keys, probs.shape[1], probs.device)).argmax(dim=-1)
 
@@ -101,40 +129,36 @@ def adjust(logits: torch.Tensor, row: SamplingRow) -> torch.Tensor | None:
         ids, values = zip(*params.biases.items(), strict=True)
         bias = _sent(values, logits.dtype, logits.device)
         logits = logits.index_add(0, _sent(ids, torch.int64, logits.device), bias)
-    logits = apply_penalties(logits, row.prompt_token_ids, row.output_token_ids, params)
-    if len(row.output_token_ids) < params.min_tokens and row.end_token_ids:
+    logits = apply_penalties(logits, row)
+    if row.position < params.min_tokens and row.end_token_ids:
         ends = sorted(row.end_token_ids)
         logits = logits.index_fill(0, _sent(ends, torch.int64, logits.device), -torch.inf)
     if row.allowed is not None:
-        logits = logits.masked_fill(~row.allowed.to(logits.device), -torch.inf)
+        logits = logits.masked_fill(to_device(~row.allowed, logits.device), -torch.inf)
     return None if logits is given else logits
 
 
-def apply_penalties(
-    logits: torch.Tensor,
-    prompt_token_ids: Iterable[int],
-    output_token_ids: Iterable[int],
-    params: SamplingParams,
-) -> torch.Tensor:
+def apply_penalties(logits: torch.Tensor, row: SamplingRow) -> torch.Tensor:
     """Logits [vocab_size] after repetition, presence and frequency penalties; image positions do not count."""
-    # Tokens are counted here, not by the device: it would have to tell us how many differ.
+    params = row.params
     if params.repetition_penalty != 1:
-        ids, _ = _counted([*prompt_token_ids, *output_token_ids], logits)
-        values = logits[ids]
-        penalised = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-        logits = logits.index_copy(0, ids, penalised)
+        counts = _counts([*row.prompt_token_ids, *row.output_token_ids], row.pending_token_id, logits)
+        penalised = torch.where(logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty)
+        logits = penalised.where(counts > 0, logits)
     if params.presence_penalty or params.frequency_penalty:
-        ids, counts = _counted(output_token_ids, logits)
-        penalised = logits[ids] - params.presence_penalty - params.frequency_penalty * counts
-        logits = logits.index_copy(0, ids, penalised)
+        counts = _counts(row.output_token_ids, row.pending_token_id, logits)
+        penalised = logits - params.presence_penalty - params.frequency_penalty * counts
+        logits = penalised.where(counts > 0, logits)
     return logits
 
 
-def _counted(token_ids: Iterable[int], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each token id of the vocabulary once, and how often it comes: both int64."""
-    counts = Counter(i for i in token_ids if 0 <= i < like.shape[0])
-    ids, times = _sent([[*counts.keys()], [*counts.values()]], torch.int64, like.device)
-    return ids, times
+def _counts(token_ids: Iterable[int], pending: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """How often each token of the vocabulary comes: int64 [vocab_size]."""
+    # Most are counted here: the device would take as long as their number is large.
+    known = Counter(i for i in token_ids if 0 <= i < like.shape[0])
+    ids, times = _sent([[*known.keys()], [*known.values()]], torch.int64, like.device)
+    counts = torch.zeros(like.shape[0], dtype=torch.int64, device=like.device).index_copy_(0, ids, times)
+    return counts if pending is None else counts.index_add_(0, pending, torch.ones_like(pending))
 
 
 def filtered_probs(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
@@ -169,8 +193,7 @@ def filtered_probs(logits: torch.Tensor, params: Sequence[SamplingParams]) -> to
 
 
 def _sent(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """On the device, without waiting for what it computes where the driver does not insist."""
-    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+    return to_device(torch.tensor(values, dtype=dtype), device)
 
 
 def random_key(seed: int, index: int, position: int) -> int:

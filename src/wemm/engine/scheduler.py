@@ -28,15 +28,13 @@ class ScheduledSequence:
     """One sequence of a step."""
 
     sequence: Sequence
+    start: int
+    """First position computed in this step."""
     num_new_tokens: int
-    """Tokens [num_computed_tokens, num_computed_tokens + num_new_tokens) are computed."""
+    is_complete: bool
+    """All tokens are computed after this step, so the next one can be drawn."""
     draft_token_ids: tuple[int, ...] = ()
     """Guesses computed behind them, to be kept as far as they turn out right."""
-
-    @property
-    def start(self) -> int:
-        """First position computed in this step."""
-        return self.sequence.num_computed_tokens
 
     @property
     def stop(self) -> int:
@@ -49,9 +47,9 @@ class ScheduledSequence:
         return self.num_new_tokens + len(self.draft_token_ids)
 
     @property
-    def is_complete(self) -> bool:
-        """All tokens are computed after this step, so the next one can be drawn."""
-        return self.stop == self.sequence.num_tokens
+    def decides_what_follows(self) -> bool:
+        """What it draws must be known before the sequence is scheduled again."""
+        return bool(self.draft_token_ids) or (self.is_complete and self.sequence.waits_for_its_tokens)
 
 
 @dataclass(frozen=True)
@@ -178,18 +176,24 @@ class Scheduler:
         scheduled.sort(key=lambda entry: entry.num_rows > 1)
         return SchedulerOutput(tuple(scheduled), self._schedule_vision())
 
-    def update(self, entry: ScheduledSequence, num_accepted: int) -> None:
-        """The tokens of a scheduled sequence, and so many of its drafts, are computed."""
+    def advance(self, entry: ScheduledSequence) -> None:
+        """The tokens of a scheduled sequence are computed before anything that is launched from now on."""
         sequence = entry.sequence
-        if entry.draft_token_ids:
-            sequence.speculator.record(entry.stop, len(entry.draft_token_ids), num_accepted)
-            self.stats.num_draft_tokens += len(entry.draft_token_ids)
-            self.stats.num_accepted_tokens += num_accepted
-        sequence.num_computed_tokens = entry.stop + num_accepted
+        sequence.num_computed_tokens = entry.stop
+        sequence.num_pending_tokens += entry.is_complete
         needed = {span.image.sha256 for span in sequence.images_needed(sequence.num_computed_tokens)}
         passed = {span.image.sha256 for span in sequence.image_spans} - needed
         if passed:
             self._encoder_cache.release(sequence.seq_id, passed)
+        self._kv_cache.publish(sequence)
+
+    def accept_drafts(self, entry: ScheduledSequence, num_accepted: int) -> None:
+        """So many of the drafts of a sequence were right: they are computed, too."""
+        sequence = entry.sequence
+        sequence.speculator.record(entry.stop, len(entry.draft_token_ids), num_accepted)
+        self.stats.num_draft_tokens += len(entry.draft_token_ids)
+        self.stats.num_accepted_tokens += num_accepted
+        sequence.num_computed_tokens = entry.stop + num_accepted
         self._kv_cache.publish(sequence)
 
     def cancel_encoding(self) -> None:
@@ -216,15 +220,18 @@ class Scheduler:
                 break
             self._kv_cache.grow(sequence.seq_id, sequence.num_tokens)
             draft = self._draft(sequence, budget - len(candidates) - num_new)
-            scheduled.append(ScheduledSequence(sequence, num_new, draft))
+            scheduled.append(_scheduled(sequence, num_new, draft))
             budget -= scheduled[-1].num_rows
         return scheduled
 
     def _draft(self, sequence: Sequence, room: int) -> tuple[int, ...]:
         if not sequence.is_decoding or len(self._running) > _MAX_SPECULATING:
             return ()
-        room = min(room, sequence.answer.num_tokens_left - 1)
-        draft = sequence.speculator.propose(sequence.tokens(0, sequence.num_tokens))[:room] if room > 0 else []
+        room = min(room, sequence.num_tokens_left - 1)
+        draft: list[int] = []
+        if room > 0:
+            known = sequence.tokens(0, sequence.num_known_tokens)
+            draft = sequence.speculator.propose(known, sequence.num_pending_tokens)[:room]
         if not draft or not self._kv_cache.can_grow(sequence.seq_id, sequence.num_tokens + len(draft)):
             return ()
         self._kv_cache.grow(sequence.seq_id, sequence.num_tokens + len(draft))
@@ -265,7 +272,7 @@ class Scheduler:
                 sequence.num_cached_tokens = sequence.num_computed_tokens
             self._waiting.remove(queued)
             self._running.append(queued)
-            entry = ScheduledSequence(sequence, num_new)
+            entry = _scheduled(sequence, num_new)
             under_way.update(sequence.block_hashes[entry.start // block_size : entry.stop // block_size])
             scheduled.append(entry)
             budget -= num_new
@@ -277,7 +284,12 @@ class Scheduler:
         self._waiting.sort(key=_rank)
 
     def _num_ready(self, sequence: Sequence, start: int) -> int:
-        """Tokens from `start` on whose images have embeddings; 0 while the next image has none."""
+        """Tokens from `start` on whose images have embeddings; 0 while the next image has none.
+
+        And 0 for an answer that ends with a token not known yet.
+        """
+        if sequence.num_tokens_left < 1:
+            return 0
         needed = sequence.images_needed(start)
         missing = [span for span in needed if span.image.sha256 not in self._encoder_cache]
         if not missing:
@@ -330,6 +342,12 @@ class Scheduler:
         for span in sequence.images_needed(start):
             if span.image.sha256 not in self._encoder_cache:
                 yield span.image
+
+
+def _scheduled(sequence: Sequence, num_new_tokens: int, draft: tuple[int, ...] = ()) -> ScheduledSequence:
+    start = sequence.num_computed_tokens
+    is_complete = start + num_new_tokens == sequence.num_tokens
+    return ScheduledSequence(sequence, start, num_new_tokens, is_complete, draft)
 
 
 def _rank(queued: _Queued) -> tuple[float, int]:

@@ -42,6 +42,9 @@ class Sequence:
     speculator: Speculator
     grammar: GrammarWalk | None = None
     num_computed_tokens: int = 0
+    """Those of steps that the device has not finished included."""
+    num_pending_tokens: int = 0
+    """Tokens of the answer that such steps draw: counted, but not known here yet."""
     num_cached_tokens: int | None = None
     """Of the prompt, found in the prefix cache when it first ran; None before."""
     output_token_ids: list[int] = field(default_factory=list)
@@ -61,17 +64,33 @@ class Sequence:
         return self.request.prompt.image_spans
 
     @property
+    def num_known_tokens(self) -> int:
+        """Prompt and answer as far as it is known."""
+        return len(self.request.prompt.token_ids) + len(self.output_token_ids)
+
+    @property
     def num_tokens(self) -> int:
         """Prompt and answer so far."""
-        return len(self.request.prompt.token_ids) + len(self.output_token_ids)
+        return self.num_known_tokens + self.num_pending_tokens
+
+    @property
+    def num_tokens_left(self) -> int:
+        """Tokens that still may be drawn."""
+        return self.answer.num_tokens_left - self.num_pending_tokens
 
     @property
     def is_decoding(self) -> bool:
         """All tokens but the newest are computed, and that is one of the answer."""
-        return bool(self.output_token_ids) and self.num_computed_tokens == self.num_tokens - 1
+        num_computed = self.num_computed_tokens
+        return len(self.request.prompt.token_ids) <= num_computed == self.num_tokens - 1
+
+    @property
+    def waits_for_its_tokens(self) -> bool:
+        """What may come next depends on all tokens that came: a grammar is walked here, not on the device."""
+        return self.grammar is not None
 
     def tokens(self, start: int, stop: int) -> list[int]:
-        """Tokens [start, stop) of prompt and answer."""
+        """Tokens [start, stop) of prompt and answer, as far as they are known."""
         prompt = self.request.prompt.token_ids
         inside_prompt = list(prompt[start:stop])
         return inside_prompt + self.output_token_ids[max(start - len(prompt), 0) : max(stop - len(prompt), 0)]

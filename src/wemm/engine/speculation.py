@@ -24,8 +24,8 @@ class Speculator:
         self._num_indexed = 0
         self._last_end: dict[tuple[int, ...], int] = {}
 
-    def propose(self, token_ids: Sequence[int]) -> list[int]:
-        """Tokens that may follow `token_ids` (prompt and answer so far); often none."""
+    def propose(self, token_ids: Sequence[int], num_pending: int = 0) -> list[int]:
+        """Tokens that may follow `token_ids` (prompt and answer so far) and `num_pending` more; often none."""
         self._index(token_ids)
         if len(token_ids) < self._pause_until:
             return []
@@ -34,7 +34,7 @@ class Speculator:
             return []
         followed = list(token_ids[end:])
         # Where the end of the sequence is reached, the guess goes on with itself: a cycle goes round.
-        draft = [followed[i % len(followed)] for i in range(self._length)]
+        draft = [followed[i % len(followed)] for i in range(num_pending, num_pending + self._length)]
         return list(takewhile(lambda token_id: token_id >= 0, draft))  # an image follows nothing
 
     def record(self, num_tokens: int, num_drafted: int, num_accepted: int) -> None:

@@ -29,7 +29,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from wemm.config import EngineConfig
 from wemm.distributed import TensorParallel
 from wemm.engine.model_input import ModelInput
-from wemm.engine.model_runner import ModelRunner
+from wemm.engine.model_runner import Forwarded, ModelRunner
 from wemm.engine.scheduler import VisionSlice
 from wemm.errors import NumericalError, ParameterError, RankError
 from wemm.model.wemm import WemmModel
@@ -167,6 +167,11 @@ class LeaderRunner:
         """Where logits lie."""
         return self._runner.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return self._runner.dtype
+
     def encode(self, vision: VisionSlice) -> list[NumericalError | None]:
         """As `ModelRunner.encode`; pixels are sent once per call of the tower."""
         sent = vision
@@ -174,9 +179,12 @@ class LeaderRunner:
             sent = replace(vision, images=tuple(replace(image, pixels=None) for image in vision.images))
         return self._together("encode", lambda: self._runner.encode(vision), sent)
 
-    def forward(self, model_input: ModelInput) -> tuple[torch.Tensor, list[NumericalError | None]]:
+    def forward(self, model_input: ModelInput, last_token_ids: torch.Tensor | None) -> Forwarded:
         """As `ModelRunner.forward`."""
-        return self._together("forward", lambda: self._runner.forward(model_input), model_input)
+        forwarded: Forwarded = self._together(
+            "forward", lambda: self._runner.forward(model_input, last_token_ids), model_input
+        )
+        return forwarded
 
     def drop_images(self, hashes: Sequence[str]) -> None:
         """As `ModelRunner.drop_images`."""

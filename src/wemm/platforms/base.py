@@ -16,6 +16,8 @@ class Platform:
     """Of torch.distributed, for tensors of this device."""
     ranks_share_memory = False
     """True if what one tensor-parallel rank takes is missing for the others."""
+    computes_beside_cpu = False
+    """True if the device computes a step while the next one is prepared."""
     decode_graph_sizes: tuple[int, ...] = ()
     """Numbers of sequences for which decode steps are recorded, rising; with fewer, a step is filled up."""
 

@@ -11,6 +11,7 @@ class CudaPlatform(Platform):
     """One CUDA device."""
 
     collective_backend = "nccl"
+    computes_beside_cpu = True
     decode_graph_sizes = (1, 2, 4, 8, 16, 32, 64)
 
     def available_memory(self) -> int | None:

@@ -1,0 +1,29 @@
+"""Between main memory and a device, without waiting for what the device computes."""
+
+from __future__ import annotations
+
+import torch
+
+
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor in main memory → the same on the device, behind what that was asked for before."""
+    if device.type == "cuda":  # from memory that may be swapped the driver copies when it has caught up
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
+class HostCopy:
+    """A tensor on its way to main memory, behind what its device was asked for before."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self._copy = x.to("cpu", non_blocking=True)
+        self._arrived: torch.Event | None = None
+        if x.device.type != "cpu":
+            self._arrived = torch.Event(x.device)
+            self._arrived.record()
+
+    def wait(self) -> torch.Tensor:
+        """Once it is there."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._copy
