@@ -44,7 +44,8 @@ def _conversation(rng):
 def _params(rng):
     options = rng.choice((
         {}, {}, {"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9, "top_k": 50},
-        {"repetition_penalty": 1.3}, {"presence_penalty": 0.5, "frequency_penalty": 0.3}, {"n": 4, "temperature": 1.0}, {"logit_bias": {5: 3.0}, "min_tokens": 4},
+        {"repetition_penalty": 1.3}, {"presence_penalty": 0.5, "frequency_penalty": 0.3},
+        {"n": 4, "temperature": 1.0}, {"logit_bias": {5: 3.0}, "min_tokens": 4},
     ))  # fmt: skip
     return SamplingParams(
         max_tokens=rng.randrange(4, 14), seed=rng.randrange(2**40), ignore_eos=rng.random() < 0.8, **options

@@ -53,13 +53,19 @@ def work(ask, golden_images):
 
 
 @pytest.mark.parametrize(
-    "size", [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
+    ("size", "options"),
+    [
+        (2, {}),
+        (2, {"async_scheduling": True, "num_speculative_tokens": 0}),  # ranks are sent the tokens of the first
+        pytest.param(4, {}, marks=pytest.mark.slow),
+        pytest.param(8, {}, marks=pytest.mark.slow),
+    ],
 )
-def test_ranks_together_answer_as_one(llm, work, size, children):
+def test_ranks_together_answer_as_one(llm, work, size, options, children):
     """float32, the golden checkpoint's 8 KV heads; the tower's 3 heads are shared by none, its MLP by all."""
     messages, params = zip(*work, strict=True)
     expected = llm.chat(list(messages), list(params))
-    with LLM("tiny", tensor_parallel_size=size, **MODEL) as together:
+    with LLM("tiny", tensor_parallel_size=size, **MODEL, **options) as together:
         assert len(children()) == size - 1
         outputs = together.chat(list(messages), list(params))
         assert _ids(outputs) == _ids(expected)

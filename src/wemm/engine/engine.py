@@ -1,7 +1,7 @@
 """The engine: requests in, `step()` until they are done, outputs out.
 
-Where a device computes beside the CPU, a step is scheduled and launched while the one before is computed: tokens drawn
-there go into it on the device, and are known here when the next step is under way. Sequences that may have ended with
+Where a device computes beside the CPU, a step is scheduled and launched while the one before is computed: tokens
+drawn there go into it on the device, and are known here when the next step is under way. Sequences that end with
 them are computed once more in vain. A step whose tokens decide what follows (drafts, grammars) is waited for.
 """
 

@@ -25,8 +25,8 @@ class VisualSlice:
 class ModelInput:
     """A `Batch` as numbers: tokens of the decoding sequences first, one each, then chunks.
 
-    `cu_seqlens_q` is None without chunks; `visual_slices` fill `image_rows` in order. The ids of `pending_rows` are
-    those that the last step has drawn, at `pending_draws` of its draws: only the device knows them.
+    `cu_seqlens_q` is None without chunks; `visual_slices` fill `image_rows` in order. The ids of `pending_rows`
+    are those that the last step has drawn, at `pending_draws` of its draws: only the device knows them.
     """
 
     input_ids: np.ndarray  # int64 [num_tokens]; 0 in pending_rows
