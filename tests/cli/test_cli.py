@@ -233,7 +233,7 @@ def test_ours_is_not_the_users(run, monkeypatch):
     """What is not the caller's fault exits 1, still as one line."""
     from wemm.errors import NumericalError
 
-    def fail(self, batch):
+    def fail(self, *batch):
         raise NumericalError("language_model", "bfloat16")
 
     monkeypatch.setattr("wemm.engine.model_runner.ModelRunner.forward", fail)
@@ -265,7 +265,7 @@ def test_info_of_the_preset_without_plora(run):
 
 
 def test_interrupted(run, monkeypatch):
-    def interrupt(self, batch):
+    def interrupt(self, *batch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("wemm.engine.model_runner.ModelRunner.forward", interrupt)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -95,8 +96,9 @@ def test_prompts_in_chunks_answer_as_whole_ones(llm, conversations, budget):
     params = [GREEDY, SamplingParams(max_tokens=6, temperature=1.0, seed=3, ignore_eos=True, n=2)] * 2 + [GREEDY]
     with LLM("tiny", dtype="float32", device="cpu", max_num_batched_tokens=budget) as chunked:
         sizes = []
-        forward = chunked._open.engine._runner.forward
-        chunked._open.engine._runner.forward = lambda batch: sizes.append(len(batch.input_ids)) or forward(batch)
+        runner = chunked._open.engine._runner
+        forward = runner.forward
+        runner.forward = lambda batch, *last: sizes.append(len(batch.input_ids)) or forward(batch, *last)
         assert _ids(chunked.chat(conversations, params)) == _ids(llm.chat(conversations, params))
         assert max(sizes) <= budget
         chunked._open.engine.check_integrity()
@@ -235,20 +237,21 @@ def test_a_stream_does_not_outlive_its_engine(ask):
         list(stream)
 
 
-def test_one_failing_answer_of_several_frees_all(ask):
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_one_failing_answer_of_several_frees_all(ask, async_scheduling):
     """n = 2, and one of the two rows goes wrong in decode: the request fails whole and holds nothing."""
-    with LLM("tiny", device="cpu") as llm:
+    with LLM("tiny", device="cpu", async_scheduling=async_scheduling) as llm:
         runner = llm._open.engine._runner
         forward = runner.forward
 
-        def fail_second_row(batch):
-            logits, errors = forward(batch)
-            if len(errors) == 2:
-                errors[1] = NumericalError("language_model", "float32")
-            return logits, errors
+        def fail_second_row(*batch):
+            forwarded = forward(*batch)
+            is_finite = forwarded.is_finite.clone()
+            is_finite[1:] = False
+            return replace(forwarded, is_finite=is_finite)
 
         runner.forward = fail_second_row
-        with pytest.raises(NumericalError):
+        with pytest.raises(NumericalError, match="language_model"):
             llm.chat(ask("hi"), SamplingParams(n=2, max_tokens=5, temperature=1.0, ignore_eos=True))
         llm._open.engine.check_integrity()
 
