@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from wemm import LLM, SamplingParams
-from wemm.kernels import load_kernels, recorder
+from wemm.kernels import Recorder, load_kernels, recorder
 from wemm.ops.rms_norm import rms_norm
 from wemm.platforms.cpu import CpuPlatform
 
@@ -80,6 +80,55 @@ def test_steps_are_filled_up_to_the_next_size(monkeypatch, work):
         assert nobody == engine._runner._kv_cache.shape[2] - 1
 
 
+def _repeated(function):
+    """A recording of anything: the function again, its results where the first ones lie."""
+    out = function()
+
+    def replay():
+        for fixed, values in zip(out, function(), strict=True):
+            fixed.copy_(values)
+
+    return out, replay
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_a_device_that_records_torch_replays_whole_steps(monkeypatch, work, async_scheduling):
+    """Token ids in, logits out; beside a prompt in chunks, whose last one may be a row without logits."""
+    monkeypatch.setattr("wemm.kernels.cpu.RECORDER", Recorder(_repeated, holds_torch=True))
+    monkeypatch.setattr(CpuPlatform, "decode_graph_sizes", (1, 4))
+    lengths = [SamplingParams(max_tokens=n, temperature=0.0, ignore_eos=True, logprobs=1) for n in (5, 24, 11, 17)]
+    options = dict(dtype="float32", max_num_batched_tokens=21, async_scheduling=async_scheduling)
+    with _engine(**options) as replayed, _engine(enforce_eager=True, **options) as eager:
+        for conversations in (work[:3], work, work[1:3]):
+            expected = _ask(eager, conversations, lengths[: len(conversations)])
+            got = _ask(replayed, conversations, lengths[: len(conversations)])
+            assert [answer.token_ids for answer in got] == [answer.token_ids for answer in expected]
+            for one, other in zip(got, expected, strict=True):
+                assert one.cumulative_logprob == pytest.approx(other.cumulative_logprob, abs=1e-3)
+        graphs = replayed._open.engine._runner._decode_graphs._graphs
+        assert set(graphs) == {1, 4}
+        assert graphs[4].out[0].shape == (4, replayed.model.language_model.output.weight.shape[0])
+
+
+def test_a_row_without_logits_is_left_out(monkeypatch, ask):
+    """A budget that leaves one token of it to an urgent prompt, whose row comes first."""
+    monkeypatch.setattr("wemm.kernels.cpu.RECORDER", Recorder(_repeated, holds_torch=True))
+    monkeypatch.setattr(CpuPlatform, "decode_graph_sizes", (1, 2))
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    answers = []
+    for options in ({}, {"enforce_eager": True}):
+        with _engine(dtype="float32", max_num_batched_tokens=2, **options) as llm:
+            engine, final = llm._open.engine, {}
+            for text, priority, num_steps in (("hi", 0, 12), ("Once upon a time", -1, 100)):
+                request = llm._intake.submit(ask(text), llm._open.processor.chat, params, priority=priority)
+                engine.add_request(request.result())
+                for _ in range(num_steps):
+                    final |= {output.request_id: output.outputs[0].token_ids for output in engine.step()}
+            assert engine.num_unfinished == 0
+            answers.append(list(final.values()))
+    assert answers[0] == answers[1]
+
+
 def test_a_step_with_products_of_torch_is_computed_op_by_op(work):
     """In float32 all products are MKL's."""
     with _engine(dtype="float32") as llm, _engine(dtype="float32", enforce_eager=True) as eager:
@@ -89,7 +138,7 @@ def test_a_step_with_products_of_torch_is_computed_op_by_op(work):
 
 def test_a_step_that_torch_takes_part_in_is_not_recorded():
     """Products of five tokens in bfloat16, say, are oneDNN's: what it computes no recording would hold."""
-    record = recorder("cpu")
+    record = recorder("cpu").record
     x, weight = torch.randn(2, 8), torch.ones(8)
     with torch.inference_mode():
         assert record(lambda: rms_norm(x, weight, 1e-5).mul_(2)) is None
@@ -100,7 +149,7 @@ def test_a_recording_computes_on_what_the_tensors_hold_now():
     x, weight = torch.randn(2, 8), torch.rand(8)
     with torch.inference_mode():
         x, weight = x.clone(), weight.clone()
-        out, replay = recorder("cpu")(lambda: rms_norm(rms_norm(x, weight, 1e-5), weight, 1e-5))
+        out, replay = recorder("cpu").record(lambda: rms_norm(rms_norm(x, weight, 1e-5), weight, 1e-5))
         assert len(replay) == 2
         x.normal_()
         expected = rms_norm(rms_norm(x, weight, 1e-5), weight, 1e-5)

@@ -201,9 +201,16 @@ def _runner(
     tensor_parallel: TensorParallel,
 ) -> ModelRunner:
     dtypes = getattr(torch, dtype), getattr(torch, config.kv_dtype(dtype))
-    record = None if config.enforce_eager or config.tensor_parallel_size > 1 else recorder(platform.device.type)
+    is_eager = config.enforce_eager or config.tensor_parallel_size > 1
     return ModelRunner(
-        model, source.config, platform, *dtypes, num_blocks, config.block_size, record, tensor_parallel
+        model,
+        source.config,
+        platform,
+        *dtypes,
+        num_blocks,
+        config.block_size,
+        None if is_eager else recorder(platform.device.type),
+        tensor_parallel,
     )
 
 

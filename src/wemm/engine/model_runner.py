@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -12,24 +11,17 @@ import torch
 from wemm.config import ModelConfig
 from wemm.distributed import SINGLE, TensorParallel
 from wemm.engine.decode_graphs import DecodeGraphs, num_spare_blocks
+from wemm.engine.forward_pass import Forwarded, output_layer
 from wemm.engine.model_input import ModelInput
 from wemm.engine.scheduler import VisionSlice
 from wemm.engine.vision_encode import image_batch
 from wemm.errors import NumericalError
-from wemm.kernels import Record, release_memory
+from wemm.kernels import Recorder, release_memory
 from wemm.model.batch import Batch, ImageBatch
 from wemm.model.wemm import WemmModel
 from wemm.platforms import Platform
 from wemm.platforms.transfer import to_device
 from wemm.processing.image_processor import ProcessedImage
-
-
-@dataclass(frozen=True)
-class Forwarded:
-    """What a step leaves on the device."""
-
-    logits: torch.Tensor  # float32 [num_logits, vocab_size]
-    is_finite: torch.Tensor  # bool [num_logits, 2]: hidden states, logits
 
 
 class Runner(Protocol):
@@ -72,24 +64,24 @@ class ModelRunner:
         kv_cache_dtype: torch.dtype,
         num_blocks: int,
         block_size: int,
-        record: Record | None = None,
+        recorder: Recorder | None = None,
         tensor_parallel: TensorParallel = SINGLE,
     ) -> None:
-        """With `record`, decode steps are replayed where they can be."""
+        """With `recorder`, decode steps are replayed where they can be."""
         self._model = model
         self._tensor_parallel = tensor_parallel
         self._config = config
         self._platform = platform
         self.dtype = dtype
         """What the model computes in."""
-        sizes = platform.decode_graph_sizes if record else ()
+        sizes = platform.decode_graph_sizes if recorder else ()
         # Never read before it is written, so memory is taken only as it is used.
         self._kv_cache = torch.empty(
             model.kv_cache_shape(num_blocks + num_spare_blocks(sizes), block_size, kv_cache_dtype),
             dtype=kv_cache_dtype,
             device=platform.device,
         )
-        self._decode_graphs = DecodeGraphs(model, self._kv_cache, record, sizes) if record else None
+        self._decode_graphs = DecodeGraphs(model, self._kv_cache, recorder, sizes) if recorder else None
         self._visual_embeds: dict[str, torch.Tensor] = {}
         self._encoding: tuple[ImageBatch, torch.Tensor] | None = None
 
@@ -144,11 +136,8 @@ class ModelRunner:
         """A step, launched. Ranks other than the first are sent the ids of pending rows by that."""
         self._platform.select()
         batch = self._batch(model_input, last_token_ids)
-        hidden = self._decode_graphs.forward(batch) if self._decode_graphs else None
-        if hidden is None:
-            hidden = self._model(batch, self._kv_cache)
-        logits = self._model.compute_logits(hidden)
-        return Forwarded(logits, torch.stack((_are_finite(hidden), _are_finite(logits)), dim=1))
+        replayed = self._decode_graphs.forward(batch) if self._decode_graphs else None
+        return replayed or output_layer(self._model, self._model(batch, self._kv_cache))
 
     def drop_images(self, hashes: Sequence[str]) -> None:
         """Forget the embeddings of these images."""
@@ -195,8 +184,3 @@ def numerical_error(stage: str, dtype: torch.dtype) -> NumericalError:
 
 def _finite(x: torch.Tensor) -> bool:
     return bool(x.isfinite().all())
-
-
-def _are_finite(x: torch.Tensor) -> torch.Tensor:
-    """bool [num_rows]: NaN and infinities of a row show in its smallest or its largest value."""
-    return torch.stack(x.aminmax(dim=-1)).isfinite().all(dim=0)

@@ -28,8 +28,9 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from wemm.config import EngineConfig
 from wemm.distributed import TensorParallel
+from wemm.engine.forward_pass import Forwarded
 from wemm.engine.model_input import ModelInput
-from wemm.engine.model_runner import Forwarded, ModelRunner
+from wemm.engine.model_runner import ModelRunner
 from wemm.engine.scheduler import VisionSlice
 from wemm.errors import NumericalError, ParameterError, RankError
 from wemm.model.wemm import WemmModel

@@ -10,13 +10,20 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
-
-import torch
+from dataclasses import dataclass
+from typing import Any
 
 from wemm.errors import ParameterError
 
-Record = Callable[[Callable[[], torch.Tensor]], "tuple[torch.Tensor, Callable[[], None]] | None"]
-"""Calls a function, and makes what it computes repeatable at the same addresses; None if it cannot be."""
+
+@dataclass(frozen=True)
+class Recorder:
+    """How a device writes computations down to repeat them."""
+
+    record: Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]] | None]
+    """Calls a function: its result, and what computes it again at the same addresses; None if nothing can."""
+    holds_torch: bool
+    """What torch computes is repeated, too; else only kernels are, and nothing that torch has a part in."""
 
 
 def load_kernels(device_type: str) -> None:
@@ -36,8 +43,8 @@ def release_memory(device_type: str) -> None:
         package.release_memory()
 
 
-def recorder(device_type: str) -> Record | None:
-    """How a device records, if it does and its kernels are loaded."""
+def recorder(device_type: str) -> Recorder | None:
+    """Of a device, if it has one and its kernels are loaded."""
     package = sys.modules.get(f"{__name__}.{device_type}")
-    record: Record | None = getattr(package, "record", None)
-    return record
+    found: Recorder | None = getattr(package, "RECORDER", None)
+    return found

@@ -1,22 +1,31 @@
 """A decode step of the real model launches kernels and nothing else, so that a CUDA graph can hold it.
 
-Its tensors have no memory here: whoever asks one for its value gets an error, as in a capture.
+And what comes before and behind it waits for no result, so that the next step can be launched meanwhile. Tensors
+have no memory here: whoever asks one for its value gets an error, as in a capture.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
+from wemm import SamplingParams
 from wemm.config import PRESETS, QuantizationConfig
 from wemm.distributed import SINGLE
+from wemm.engine.decode_graphs import _WholeStep
+from wemm.engine.model_input import ModelInput, VisualSlice
+from wemm.engine.model_runner import ModelRunner
+from wemm.engine.sampler import SamplingRow, sample
 from wemm.model.batch import Batch
 from wemm.model.wemm import WemmModel
 from wemm.ops.registry import OPS
+from wemm.platforms import Platform
 
 CONFIG, PLORA = PRESETS["wemm-chat-2k-cn"]
 ONE_LAYER = replace(CONFIG, text=replace(CONFIG.text, num_hidden_layers=1))
@@ -44,7 +53,75 @@ def test_a_decode_step_asks_the_device_for_nothing(language, kv_dtype, compiled,
             seq_lens=torch.empty(NUM_SEQS, dtype=torch.int32),
             logits_rows=indices,
         )
-        x = torch.empty(NUM_SEQS, ONE_LAYER.text.hidden_size, dtype=torch.bfloat16)
-        cos = sin = torch.empty(NUM_SEQS, ONE_LAYER.text.head_dim // 2)
-        launches = compiled(90, lambda: model.language_model.run_layers(x, cos, sin, batch, cache))
+        step = _WholeStep(model)
+        launches = compiled(90, lambda: step.recorded(step.before(batch), batch, cache))
     assert {"_decode_attention", "_join"} <= {launch.name for launch in launches}
+
+
+class _NothingWaits(TorchDispatchMode):
+    """Refuses copies to and from the device that hold the caller up until it has caught up."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_copies = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        source = args[0] if args else None
+        if (
+            isinstance(source, torch.Tensor)
+            and isinstance(result, torch.Tensor)
+            and source.device != result.device
+        ):
+            names = [argument.name for argument in func._schema.arguments]
+            self.num_copies += 1
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            assert given.get("non_blocking"), f"{func} of {tuple(source.shape)} waits"
+        return result
+
+
+class _Copies(list):
+    """Instead of copies to main memory: tensors here have nothing to copy."""
+
+    def __call__(self, x):
+        self.append(x)
+
+
+def test_a_step_is_launched_without_waiting_for_the_one_before(compiled, monkeypatch):
+    """Chunks with an image, a token that is not known yet, and everything that sampling can be asked for."""
+    for op in OPS.values():
+        attached = [replace(i, device="meta") for i in op.implementations if i.device == "cuda"]
+        monkeypatch.setattr(op, "implementations", attached)
+    copies = _Copies()
+    monkeypatch.setattr("wemm.engine.sampler.HostCopy", copies)
+    with torch.device("meta"), torch.inference_mode():
+        model = WemmModel(ONE_LAYER, PLORA).to(torch.bfloat16)
+        platform = Platform(torch.device("meta"))
+        dtypes = torch.bfloat16, torch.bfloat16
+        runner = ModelRunner(model, ONE_LAYER, platform, *dtypes, NUM_BLOCKS, 16)
+        runner._visual_embeds["cat"] = torch.empty(9, ONE_LAYER.text.hidden_size, dtype=torch.bfloat16)
+        last_token_ids, pending = torch.empty(3, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
+    inputs = ModelInput(
+        input_ids=np.zeros(21, dtype=np.int64),
+        positions=np.arange(21),
+        slot_mapping=np.arange(21),
+        block_tables=np.zeros((2, 4), dtype=np.int32),
+        seq_lens=np.array([30, 20], dtype=np.int32),
+        logits_rows=np.array([0, 20]),
+        cu_seqlens_q=np.array([0, 20], dtype=np.int32),
+        image_rows=np.arange(3, 8),
+        visual_slices=(VisualSlice("cat", 2, 7),),
+        pending_rows=np.array([0]),
+        pending_draws=np.array([2]),
+    )
+    params = SamplingParams(
+        temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.2, presence_penalty=0.5,
+        frequency_penalty=0.5, min_tokens=9, logit_bias={1: 2.0}, logprobs=3,
+    )  # fmt: skip
+    allowed = torch.ones(ONE_LAYER.text.vocab_size, dtype=torch.bool)
+    row = SamplingRow(params, 0, 0, [1, 2, 2], [3, 3], frozenset({4}), allowed, pending)
+    with _NothingWaits() as watch:
+        compiled(90, lambda: sample(runner.forward(inputs, last_token_ids).logits, [row, row]))
+    assert watch.num_copies > 10
+    assert [tuple(x.shape) for x in copies] == [(2, 4), (2, 4), (2,)]

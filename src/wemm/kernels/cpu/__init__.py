@@ -40,7 +40,7 @@ if importlib.util.find_spec("wemm.kernels.cpu._kernels") is not None:
         rope_and_store_kv,
         silu_and_mul,
     )
-    from wemm.kernels.cpu.recording import record  # noqa: F401 - called by wemm.kernels
+    from wemm.kernels.cpu.recording import RECORDER  # noqa: F401 - called by wemm.kernels
 
     if _kernels.has_avx512_bf16():
         from wemm.kernels.cpu import prefill_attention, vision_attention  # noqa: F401

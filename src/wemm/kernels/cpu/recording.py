@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from wemm.kernels import Recorder
 from wemm.kernels.cpu import _kernels
 from wemm.kernels.cpu.tensors import keeping
 
@@ -38,7 +39,7 @@ class Replay:
         self._recording.replay()
 
 
-def record(function: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Replay] | None:
+def record(function: Callable[[], Any]) -> tuple[Any, Replay] | None:
     """Call it, and write down the kernels it calls. None, half-way, if it computes anything else."""
     recording = _kernels.Recording()
     with keeping() as tensors, _OnlyKernelsCompute():  # type: ignore[no-untyped-call]
@@ -59,3 +60,6 @@ class _OnlyKernelsCompute(TorchDispatchMode):
         if func not in _ALLOCATIONS and not func.is_view:
             raise _ComputedByTorchError(str(func))
         return func(*args, **(kwargs or {}))
+
+
+RECORDER = Recorder(record, holds_torch=False)

@@ -29,7 +29,7 @@ else:
         silu_and_mul,
         vision_attention,
     )
-    from wemm.kernels.cuda.recording import record  # noqa: F401 - called by wemm.kernels
+    from wemm.kernels.cuda.recording import RECORDER  # noqa: F401 - called by wemm.kernels
 
 
 def release_memory() -> None:

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from wemm.kernels import Recorder
+
 logger = logging.getLogger(__name__)
 
 
-def record(function: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]] | None:
+def record(function: Callable[[], Any]) -> tuple[Any, Callable[[], None]] | None:
     """Call it once for real and once to capture what it launches; None if it asks the device for a value.
 
     All graphs share one pool of memory: a replay may overwrite what an earlier one left, its result excepted.
@@ -36,3 +38,6 @@ def record(function: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable
 @functools.cache
 def _pool() -> Any:
     return torch.cuda.graph_pool_handle()
+
+
+RECORDER = Recorder(record, holds_torch=True)
