@@ -90,7 +90,7 @@ class SamplingParams:
 
     n: int = option(1, "Answers drawn independently for the prompt.")
     temperature: float = option(0.0, "0 is greedy: the most probable token, always.")
-    top_p: float = option(1.0, "Keep the smallest set of tokens whose probabilities sum to this.")
+    top_p: float = option(1.0, "Keep the smallest set of tokens that sum to this, equals of the last included.")
     top_k: int = option(0, "Keep this many tokens; 0 or -1 keeps all.")
     min_p: float = option(0.0, "Drop tokens less probable than this share of the most probable one.")
     repetition_penalty: float = option(

@@ -21,6 +21,7 @@ from wemm.engine.sampler import (
     sample,
 )
 from wemm.errors import ParameterError
+from wemm.ops.keep_top_p import keep_top_p
 from wemm.request import SamplingParams
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0])
@@ -87,9 +88,35 @@ def test_a_most_probable_token_always_survives(logits, temperature, top_p, top_k
     assert probs.max() == unfiltered.max() > 0
 
 
-def test_top_p_is_reached_by_the_first_of_two_equals():
+def test_equals_at_the_border_are_all_kept():
+    """By top_k and by top_p: which of them comes first decides nothing."""
+    logits = torch.tensor([[0.0, 1.0, 0.0]])
+    for options in ({"top_k": 2}, {"top_p": 0.7}):
+        params = SamplingParams(temperature=1.0, **options)
+        assert (filtered_probs(logits, [params])[0] > 0).tolist() == [True, True, True]
     params = SamplingParams(temperature=1.0, top_p=0.5)
-    assert (filtered_probs(torch.zeros(1, 2), [params])[0] > 0).tolist() == [True, False]
+    assert (filtered_probs(logits, [params])[0] > 0).tolist() == [False, True, False]
+
+
+def test_only_rows_with_top_p_look_for_a_nucleus(monkeypatch):
+    """Neither greedy nor unrestricted ones, nor those of other filters."""
+    given = []
+
+    def keep(probs, top_p):
+        given.append((probs.shape, top_p.tolist()))
+        return keep_top_p(probs, top_p)
+
+    monkeypatch.setattr("wemm.engine.sampler.keep_top_p", keep)
+    without = [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 2, "min_p": 0.1}, {"top_p": 0.5}]
+
+    def rows(options):
+        return [SamplingRow(SamplingParams(**o), 0, 0, [], []) for o in options]
+
+    sample(LOGITS.repeat(4, 1), rows(without))
+    assert given == []
+    half, quarter = ({"temperature": 1.0, "top_p": top_p} for top_p in (0.5, 0.25))
+    sample(LOGITS.repeat(6, 1), rows([half, *without, quarter]))
+    assert given == [((2, 5), [0.5, 0.25])]
 
 
 def test_tiny_temperature_is_greedy_and_finite():

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from wemm.ops.keep_top_p import keep_top_p
 from wemm.platforms.transfer import HostCopy, to_device
 from wemm.request import SamplingParams
 
@@ -184,11 +185,8 @@ def filtered_probs(logits: torch.Tensor, params: Sequence[SamplingParams]) -> to
     limited = [i for i, p in enumerate(params) if p.top_p < 1]
     if limited:
         at = _sent(limited, torch.int64, device)
-        ordered, order = probs[at].sort(descending=True, stable=True)
-        before = ordered.cumsum(-1) - ordered
-        wanted = column(params[i].top_p for i in limited) * ordered.sum(-1, keepdim=True)
-        kept = torch.zeros_like(ordered).scatter(1, order, ordered.where(before < wanted, 0.0))
-        probs = probs.index_copy(0, at, kept)
+        top_ps = _sent([params[i].top_p for i in limited], torch.float32, device)
+        probs = probs.index_copy(0, at, keep_top_p(probs[at], top_ps))
     return probs
 
 

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from wemm.ops.add_plora import add_plora
+from wemm.ops.keep_top_p import keep_top_p
 from wemm.ops.layer_norm import layer_norm
 from wemm.ops.linear import linear
 from wemm.ops.linear_int4 import linear_int4
@@ -119,3 +120,26 @@ def test_norms_of_any_shape(inputs, shape):
     x, weight, bias = inputs.normal(*shape), inputs.normal(shape[-1]), inputs.normal(shape[-1])
     compare(rms_norm, x, weight, 1e-5)
     compare(layer_norm, x, weight, bias, 1e-5)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 15, 16, 17, 100])
+@pytest.mark.parametrize("scale", [0, 1e-6, 1, 10, 1000])
+def test_the_nucleus_is_that_of_the_definition(inputs, vocab_size, scale, monkeypatch):
+    """Over several blocks; with ties of rounded logits; of what other filters left of a row."""
+    monkeypatch.setattr("wemm.kernels.cuda.keep_top_p.BLOCK", 16)
+    probs = inputs.normal(6, vocab_size, scale=scale).softmax(dim=-1)
+    tied = (inputs.normal(6, vocab_size) * 2).round().softmax(dim=-1)
+    top_p = torch.tensor([1e-6, 0.1, 0.5, 0.9, 0.999, 1.0])
+    for rows in (probs, tied):
+        few = rows.where(rows >= rows.topk(min(7, vocab_size)).values[:, -1:], 0.0)
+        for given in (rows, few):
+            with torch.inference_mode(), keep_top_p.using("triton"):
+                got = keep_top_p(given, top_p)
+            assert torch.equal(got, keep_top_p.definition(given, top_p))
+
+
+def test_the_nucleus_of_a_row_that_sums_to_almost_nothing():
+    rows = torch.tensor([[0.0, 1e-30, 2e-30], [0.0, 1e-44, 0.0], [0.0, 1e-12, 2e-12], [0.0, 0.0, 0.0]])
+    with torch.inference_mode(), keep_top_p.using("triton"):
+        got = keep_top_p(rows, torch.full((4,), 0.1))
+    assert torch.equal(got, keep_top_p.definition(rows, torch.full((4,), 0.1)))

@@ -1,7 +1,9 @@
-"""A decode step of the real model launches kernels and nothing else, so that a CUDA graph can hold it.
+"""A decode step of the real model launches kernels and nothing else, so that a CUDA graph can hold it; nor does
+sampling wait for the device before the tokens are chosen.
 
 And what comes before and behind it waits for no result, so that the next step can be launched meanwhile. Tensors
 have no memory here: whoever asks one for its value gets an error, as in a capture.
+Their tensors have no memory here: whoever asks one for its value gets an error, as in a capture.
 """
 
 from __future__ import annotations
@@ -15,29 +17,33 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from wemm import SamplingParams
 from wemm.config import PRESETS, QuantizationConfig
 from wemm.distributed import SINGLE
 from wemm.engine.decode_graphs import _WholeStep
 from wemm.engine.model_input import ModelInput, VisualSlice
 from wemm.engine.model_runner import ModelRunner
-from wemm.engine.sampler import SamplingRow, sample
+from wemm.engine.sampler import SamplingRow, _draw, sample
 from wemm.model.batch import Batch
 from wemm.model.wemm import WemmModel
 from wemm.ops.registry import OPS
 from wemm.platforms import Platform
+from wemm.request import SamplingParams
 
 CONFIG, PLORA = PRESETS["wemm-chat-2k-cn"]
 ONE_LAYER = replace(CONFIG, text=replace(CONFIG.text, num_hidden_layers=1))
 NUM_SEQS, NUM_BLOCKS = 4, 100
 
 
-@pytest.mark.parametrize("language", [None, "int8", "int4"])
-@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.int8], ids=str)
-def test_a_decode_step_asks_the_device_for_nothing(language, kv_dtype, compiled, monkeypatch):
+def _on_meta(monkeypatch):
     for op in OPS.values():
         attached = [replace(i, device="meta") for i in op.implementations if i.device == "cuda"]
         monkeypatch.setattr(op, "implementations", attached)
+
+
+@pytest.mark.parametrize("language", [None, "int8", "int4"])
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.int8], ids=str)
+def test_a_decode_step_asks_the_device_for_nothing(language, kv_dtype, compiled, monkeypatch):
+    _on_meta(monkeypatch)
     with torch.device("meta"), torch.inference_mode():
         model = WemmModel(ONE_LAYER, PLORA, SINGLE, QuantizationConfig(language))
         for name, parameter in model.named_parameters():
@@ -86,9 +92,7 @@ class _Copies(list):
 
 def test_a_step_is_launched_without_waiting_for_the_one_before(compiled, monkeypatch):
     """Chunks with an image, a token that is not known yet, and everything that sampling can be asked for."""
-    for op in OPS.values():
-        attached = [replace(i, device="meta") for i in op.implementations if i.device == "cuda"]
-        monkeypatch.setattr(op, "implementations", attached)
+    _on_meta(monkeypatch)
     copies = _Copies()
     monkeypatch.setattr("wemm.engine.sampler.HostCopy", copies)
     with torch.device("meta"), torch.inference_mode():
@@ -122,3 +126,14 @@ def test_a_step_is_launched_without_waiting_for_the_one_before(compiled, monkeyp
         compiled(90, lambda: sample(runner.forward(inputs, last_token_ids).logits, [row, row]))
     assert watch.num_copies > 10
     assert [tuple(x.shape) for x in copies] == [(2, 4), (2, 4), (2,)]
+
+
+def test_draws_ask_the_device_for_nothing(compiled, monkeypatch):
+    _on_meta(monkeypatch)
+    params = SamplingParams(temperature=0.7, top_k=50, top_p=0.9, min_p=0.01)
+    rows = [SamplingRow(params, 0, 0, [], [])] * NUM_SEQS
+    logits = torch.empty(NUM_SEQS, CONFIG.text.vocab_size, device="meta")
+    with torch.inference_mode():
+        launches = compiled(90, lambda: _draw(logits, rows))
+    assert [launch.name for launch in launches] == ["_keep_top_p"]
+    assert launches[0].grid[0] == NUM_SEQS
