@@ -17,6 +17,7 @@ elif torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
 else:
     from wemm.kernels.cuda import (  # noqa: F401 - each module attaches itself
         add_plora,
+        add_plora_pair,
         decode_attention,
         layer_norm,
         linear,

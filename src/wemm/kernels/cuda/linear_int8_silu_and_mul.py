@@ -31,6 +31,4 @@ def _(
     up_weight: torch.Tensor,
     up_scale: torch.Tensor,
 ) -> torch.Tensor:
-    return product(
-        x, gate_weight, gate_scale, None, choices=TILES, up_weight=up_weight, up_scale=up_scale
-    )
+    return product(x, gate_weight, gate_scale, None, choices=TILES, up_weight=up_weight, up_scale=up_scale)
