@@ -76,6 +76,8 @@ def _few_tokens(
         is_in = is_group & is_output[None, :]
         is_in_x = (is_group & is_token[None, :])[:, None, :]
         group_scale = tl.load(scale + first, mask=is_in, other=0.0).to(tl.float32)
+        if up_weight is not None:  # first of all: what of two bytes is loaded, nothing fetches ahead
+            up_group_scale = tl.load(up_scale + first, mask=is_in, other=0.0).to(tl.float32)
         packed = tl.load(weight + first * HALF, mask=is_in[:, :, None], other=0)
         low_x = tl.load(x + first * 2 * HALF, mask=is_in_x, other=0)
         high_x = tl.load(x + first * 2 * HALF + HALF, mask=is_in_x, other=0)
@@ -83,11 +85,10 @@ def _few_tokens(
         sums = tl.dot(_high(packed), high_x, sums, out_dtype=tl.int32)
         y += sums.to(tl.float32) * group_scale[:, :, None]
         if up_weight is not None:
-            group_scale = tl.load(up_scale + first, mask=is_in, other=0.0).to(tl.float32)
             packed = tl.load(up_weight + first * HALF, mask=is_in[:, :, None], other=0)
             sums = tl.dot(_low(packed), low_x, out_dtype=tl.int32)
             sums = tl.dot(_high(packed), high_x, sums, out_dtype=tl.int32)
-            up += sums.to(tl.float32) * group_scale[:, :, None]
+            up += sums.to(tl.float32) * up_group_scale[:, :, None]
     up_sums = tl.sum(up, 0) if up_weight is not None else None
     _finish(tl.sum(y, 0), up_sums, x_scale, bias, out, token, output, num_tokens, outputs)
 
