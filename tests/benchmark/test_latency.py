@@ -28,7 +28,7 @@ def _metrics(total=10.0, **seconds):
 
 
 def _figures(*requests, batch=1, output_len=6, image_tokens=947, prompt_tokens=1024):
-    return LatencyFigures(batch, output_len, prompt_tokens, image_tokens, requests, (10.0,) * len(requests))
+    return LatencyFigures(batch, output_len, prompt_tokens, image_tokens, requests, (10.0,) * len(requests), 4.0)
 
 
 def _ceilings():

@@ -107,16 +107,40 @@ def test_a_product_reads_its_weight_and_writes_its_result():
     assert OPS["linear"].work((x, weight, None), result)[1] == 2 * (4096 + 14336 * 4096 + 14336)
 
 
+def test_a_pair_of_plora_computes_twice_as_much_and_reads_its_input_once():
+    label = f"prefill 1024, {SHAPES.num_image_tokens} image"
+    (flops, moved), (single_flops, single_moved) = (
+        _work("add_plora_pair", label),
+        _work("add_plora", f"w1, {label}"),
+    )
+    assert flops == 2 * single_flops
+    assert moved == 2 * single_moved - SHAPES.num_image_tokens * (4096 * 2 + 8)
+
+
+@pytest.mark.parametrize("kind", ["", "int8_", "int4_"])
+def test_a_gate_computes_two_products_and_writes_one_result(kind):
+    product, gate = OPS[f"linear_{kind}".rstrip("_")], OPS[f"linear_{kind}silu_and_mul"]
+    x, *weight, _ = product.model_cases(_Sizes(torch.bfloat16), SHAPES)["w1, decode 4"]()
+    x, *weights = gate.model_cases(_Sizes(torch.bfloat16), SHAPES)["decode 4"]()
+    result = torch.empty(4, 14336, dtype=torch.bfloat16, device="meta")
+    (flops, moved), single = gate.work((x, *weights), result), product.work((x, *weight, None), result)
+    assert flops == 2 * single[0]
+    assert moved == 2 * single[1] - 4 * 2 * (4096 + 14336)
+
+
 def test_without_plora_its_op_has_no_sizes():
     bare = dataclasses.replace(SHAPES, plora=None)
-    assert OPS["add_plora"].model_cases(_Sizes(torch.bfloat16), bare) == {}
+    for name in ("add_plora", "add_plora_pair"):
+        assert OPS[name].model_cases(_Sizes(torch.bfloat16), bare) == {}
 
 
 def test_ops_that_multiply_int8_are_held_against_its_ceiling():
     assert {name for name, op in OPS.items() if op.arithmetic} == {
         "linear_int4",
+        "linear_int4_silu_and_mul",
         "linear_int8",
         "linear_int8_gelu",
+        "linear_int8_silu_and_mul",
     }
     ceilings = Ceilings(CPU, torch.float32, [1e10], [1e10], [1e12], [4e12])
     plain, int8 = (

@@ -12,6 +12,7 @@ import torch
 
 from wemm import LLM, SamplingParams
 from wemm.benchmark.ops import load_ops, model_shapes
+from wemm.engine.engine import Engine
 from wemm.kernels import load_kernels
 from wemm.ops.registry import DEFINITION, OPS, Inputs
 from wemm.platforms.npu import is_npu_present
@@ -143,3 +144,49 @@ def test_replayed_steps_are_computed_steps(ask, device):
         graphs = replayed._open.engine._runner._decode_graphs._graphs
         assert graphs[1] is not None
         assert graphs[3 if device == "cpu" else 4] is not None
+
+
+MIXED = [
+    SamplingParams(max_tokens=24, ignore_eos=True),
+    SamplingParams(max_tokens=17, temperature=1.0, seed=3, top_p=0.9, top_k=40, logprobs=2),
+    SamplingParams(max_tokens=20, temperature=0.8, seed=5, repetition_penalty=1.2, frequency_penalty=0.3, n=2),
+    SamplingParams(max_tokens=30, stop_token_ids=list(range(0, 700, 7)), ignore_eos=True, min_tokens=3),
+]
+
+
+@pytest.mark.parametrize("num_speculative_tokens", [0, 8])
+def test_steps_launched_ahead_are_steps_waited_for(ask, device, num_speculative_tokens):
+    """float32, drawn and greedy, answers of different lengths, with a picture and a prompt in chunks."""
+    asked = [ask("What is this?", PICTURES / "word.png"), *(ask(text) for text in ("a b a b a b", "你好", "Once"))]
+    options = dict(dtype="float32", device=device, num_speculative_tokens=num_speculative_tokens)
+    answers = []
+    for ahead in (True, False):
+        with LLM("nano", async_scheduling=ahead, max_num_batched_tokens=40, **options) as llm:
+            rounds = [llm.chat(asked, MIXED) for _ in range(2)]
+            llm._open.engine.check_integrity()
+        answers.append([[a.token_ids for a in output.outputs] for outputs in rounds for output in outputs])
+    assert answers[0] == answers[1]
+
+
+def test_nothing_waits_while_a_step_is_launched(ask, device, monkeypatch):
+    """torch refuses whatever would; recordings are made, and memory is found, in a first round."""
+    if device == "npu":
+        pytest.skip("steps are waited for on NPUs")
+    asked = [ask(text) for text in ("What is this?", "a b a b a b", "你好", "Once")]
+    launch = Engine._launch
+
+    def watched(engine, scheduled):
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            return launch(engine, scheduled)
+        finally:
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+
+    with LLM("nano", dtype="float16", device=device, async_scheduling=True) as llm:
+        expected = llm.chat(asked, MIXED)
+        monkeypatch.setattr(Engine, "_launch", watched)
+        outputs = llm.chat(asked, MIXED)  # a launch that is refused fails its requests
+        assert llm.stats.seconds_awaiting_device > 0
+    assert [len(o.outputs[0].token_ids) for o in outputs] == [len(o.outputs[0].token_ids) for o in expected]

@@ -11,6 +11,12 @@ pytestmark = pytest.mark.device
 pytest.importorskip("triton")
 
 
+@pytest.fixture(autouse=True)
+def _on_a_gpu(request):
+    if request.config.getoption("--dry-run"):
+        pytest.skip("compiled for GPUs alone")
+
+
 def _case(num_tokens, dtype, in_size=320, sizes=(200, 136), ranks=(24, 40), images="some"):
     generator = torch.Generator("cuda").manual_seed(num_tokens)
 

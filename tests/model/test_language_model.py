@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import socket
+from functools import partial
 
 import pytest
 import torch
 import torch.multiprocessing
 
+import wemm.layers.linear
+import wemm.layers.plora
 from wemm.checkpoint.checkpoint import BUNDLED_DIRECTORY, open_checkpoint
 from wemm.checkpoint.loader import load_weights
 from wemm.distributed import SINGLE, TensorParallel
@@ -121,6 +124,31 @@ def test_a_prompt_in_two_chunks_equals_the_whole(model, cut):
 def test_decode_equals_prefill(model):
     steps = [_batch(0, 16), *(_batch(i, i + 1, is_prefill=False) for i in range(16, LENGTH))]
     torch.testing.assert_close(_logits(model, *steps), _logits(model, _batch(0, LENGTH)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("image_rows", [None, torch.tensor([1, 4, 5])], ids=["text", "images"])
+def test_w1_and_w3_are_computed_together_unless_one_is_watched(model, monkeypatch, image_rows):
+    """Whoever hooks a linear, as calibration and the doctor do, sees it called; the result is the same."""
+    feed_forward, x = model.language_model.layers[0].feed_forward, torch.randn(7, 128)
+    seen = []
+
+    def spy(module, name):
+        op = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *arguments: [seen.append(name), op(*arguments)][1])
+
+    spy(wemm.layers.linear, "linear_silu_and_mul")
+    spy(wemm.layers.plora, "add_plora_pair")
+    with torch.inference_mode():
+        together = feed_forward(x, image_rows)
+        assert seen == ["linear_silu_and_mul" if image_rows is None else "add_plora_pair"]
+        for linear in ("w1", "w3"):
+            note = partial(lambda name, *_: seen.append(name), linear)
+            for register in ("register_forward_hook", "register_forward_pre_hook"):
+                seen.clear()
+                handle = getattr(getattr(feed_forward, linear), register)(note)
+                assert torch.equal(feed_forward(x, image_rows), together)
+                handle.remove()
+                assert seen == [linear]
 
 
 def test_image_rows_matter(model):

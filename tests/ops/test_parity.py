@@ -7,7 +7,7 @@ import torch
 
 from wemm.benchmark.ops import load_ops
 from wemm.kernels import load_kernels
-from wemm.ops.registry import DEFINITION, OPS, Inputs
+from wemm.ops.registry import DEFINITION, OPS, Inputs, definitions_only
 
 load_ops()
 load_kernels("cpu")
@@ -54,6 +54,7 @@ def compare(op, implementation, case, arguments, dtype):
     own = dtype if any(isinstance(a, torch.Tensor) and a.dtype is dtype for a in arguments) else torch.float32
     with torch.inference_mode(), op.using(implementation):
         got = _as_tuple(op(*_clone(arguments)))
+    with torch.inference_mode(), definitions_only():  # also of the ops that a definition calls
         oracle = _as_tuple(op.definition(*(_wide(a) for a in _clone(arguments))))
     for actual, expected in zip(got, oracle, strict=True):
         assert actual.dtype == (own if expected.is_floating_point() else expected.dtype)

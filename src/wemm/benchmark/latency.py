@@ -41,6 +41,8 @@ class LatencyFigures:
     requests: tuple[RequestMetrics, ...]
     batch_seconds: tuple[float, ...]
     """From the first arrival of a batch to its last token."""
+    seconds_awaiting_device: float
+    """Of them all: the CPU had launched the next step and waited for the one before."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -73,6 +75,7 @@ class LatencyFigures:
             "image_tokens": self.image_tokens,
             "tokens_per_s": self.tokens_per_s,
             "seconds": self.seconds(),
+            "seconds_awaiting_device": self.seconds_awaiting_device,
             "waterfall": self.waterfall(),
         }
 
@@ -95,6 +98,7 @@ def measure(
     outputs: list[RequestOutput] = []
     seconds: list[float] = []
     llm.chat(conversations[:batch], params)
+    awaited = llm.stats.seconds_awaiting_device
     with progress("measuring", len(conversations), "answers") as advance:
         for first in range(0, len(conversations), batch):
             started = time.perf_counter()
@@ -108,6 +112,7 @@ def measure(
         image_tokens=statistics.median_low(output.num_image_tokens for output in outputs),
         requests=tuple(output.metrics for output in outputs),
         batch_seconds=tuple(seconds),
+        seconds_awaiting_device=llm.stats.seconds_awaiting_device - awaited,
     )
 
 
@@ -129,6 +134,13 @@ def run(engine: EngineConfig, workload: Workload, output_len: int, batch: int) -
     alone = engine.tensor_parallel_size == 1
     shares = _shares(measured, source, dtype, engine.kv_dtype(dtype), pixels, ceilings) if alone else {}
     title = _title(engine, measured, dtype, source.quantization, pixels)
+    notes = [
+        f"{measured.tokens_per_s:,.1f} tokens/s, {batch} at once; {len(measured.requests)} requests measured",
+        describe(ceilings.figures()),
+    ]
+    if platform.computes_beside_cpu:
+        share = measured.seconds_awaiting_device / sum(measured.batch_seconds)
+        notes.append(f"the CPU was a step ahead and waited for the device {share:.0%} of the time")
     return Result(
         benchmark="latency",
         environment=environment(platform),
@@ -136,10 +148,7 @@ def run(engine: EngineConfig, workload: Workload, output_len: int, batch: int) -
         figures={**measured.figures(), "ceilings": ceilings.figures(), "share_of_ceiling": shares},
         tables=[_table(title, measured, shares)],
         chart=lambda path: _chart(path, title, measured),
-        notes=[
-            f"{measured.tokens_per_s:,.1f} tokens/s, {batch} at once; {len(measured.requests)} requests measured",
-            describe(ceilings.figures()),
-        ],
+        notes=notes,
     )
 
 

@@ -87,6 +87,8 @@ class EngineStats:
     num_draft_tokens: int
     num_accepted_tokens: int
     """Draft tokens that came true."""
+    seconds_awaiting_device: float
+    """In which there was nothing to do here before the tokens of a step were known."""
 
 
 class Engine:
@@ -118,6 +120,7 @@ class Engine:
         self._num_steps = 0
         self._num_computed_tokens = 0
         self._num_computed_image_tokens = 0
+        self._seconds_awaiting_device = 0.0
 
     @property
     def model(self) -> WemmModel:
@@ -150,6 +153,7 @@ class Engine:
             num_preemptions=scheduler.stats.num_preemptions,
             num_draft_tokens=scheduler.stats.num_draft_tokens,
             num_accepted_tokens=scheduler.stats.num_accepted_tokens,
+            seconds_awaiting_device=self._seconds_awaiting_device,
         )
 
     def add_request(self, request: Request) -> None:
@@ -288,11 +292,14 @@ class Engine:
         launched, self._launched = self._launched, None
         if launched is None:
             return
+        started = time.perf_counter()
         try:
             tokens, is_finite = launched.draws.fetch(), launched.is_finite.wait().tolist()
         except Exception as error:  # noqa: BLE001 - here a device says what went wrong in a step
             self._fail_step(launched.scheduled, error)
             return
+        finally:
+            self._seconds_awaiting_device += time.perf_counter() - started
         results = iter(zip(tokens, is_finite, strict=True))
         for entry in launched.scheduled:
             if not entry.is_complete:

@@ -15,11 +15,15 @@ from wemm.distributed import TensorParallel
 from wemm.ops.linear import linear
 from wemm.ops.linear_gelu import linear_gelu
 from wemm.ops.linear_int4 import linear_int4
+from wemm.ops.linear_int4_silu_and_mul import linear_int4_silu_and_mul
 from wemm.ops.linear_int8 import linear_int8
 from wemm.ops.linear_int8_gelu import linear_int8_gelu
+from wemm.ops.linear_int8_silu_and_mul import linear_int8_silu_and_mul
+from wemm.ops.linear_silu_and_mul import linear_silu_and_mul
 from wemm.quantization import Scheme
 
 _PRODUCTS = {"int8": linear_int8, "int4": linear_int4}
+_GATES = {"int8": linear_int8_silu_and_mul, "int4": linear_int4_silu_and_mul}
 
 
 class QuantizableLinear(nn.Module):
@@ -55,6 +59,17 @@ class QuantizableLinear(nn.Module):
         if self.scheme is None or self.weight_scale is None:
             return linear(x, self.weight, bias)
         return _PRODUCTS[self.scheme.name](x, self.weight, self.weight_scale, bias)
+
+    def silu_times(self, up: QuantizableLinear, x: torch.Tensor) -> torch.Tensor:
+        """silu(W x) * (W_up x), `up` being of the same sizes and scheme: [num_tokens, in] → [num_tokens, out]."""
+        if self.scheme is None or self.weight_scale is None or up.weight_scale is None:
+            return linear_silu_and_mul(x, self.weight, up.weight)
+        return _GATES[self.scheme.name](x, self.weight, self.weight_scale, up.weight, up.weight_scale)
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody, such as calibration or the doctor, waits for it to be called."""
+        return bool(self._forward_pre_hooks or self._forward_hooks)
 
 
 def _stored(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:

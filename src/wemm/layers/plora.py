@@ -17,6 +17,8 @@ from torch import nn
 from wemm.distributed import TensorParallel
 from wemm.layers.linear import QuantizableLinear
 from wemm.ops.add_plora import add_plora
+from wemm.ops.add_plora_pair import add_plora_pair
+from wemm.ops.silu_and_mul import silu_and_mul
 from wemm.quantization import Scheme
 
 
@@ -39,12 +41,19 @@ class _PloraLinear(QuantizableLinear):
             self.plora_a = nn.Parameter(torch.empty(plora.rank, in_size))
             self.plora_b = nn.Parameter(torch.empty(out_size, plora.rank))
 
+    @property
+    def plora(self) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """A, B and the scaling."""
+        if self.plora_a is None or self.plora_b is None:
+            return None
+        return self.plora_a, self.plora_b, self.scaling
+
     def forward(self, x: torch.Tensor, image_rows: torch.Tensor | None) -> torch.Tensor:
         """[num_tokens, in] → [num_tokens, out]; image_rows: int64 [num_image_tokens], None for none."""
         y = self.product(x)
-        if image_rows is None or self.plora_a is None or self.plora_b is None:
+        if image_rows is None or self.plora is None:
             return y
-        return add_plora(y, x, self.plora_a, self.plora_b, self.scaling, image_rows)
+        return add_plora(y, x, *self.plora, image_rows)
 
 
 class ColumnParallelPloraLinear(_PloraLinear):
@@ -61,6 +70,25 @@ class ColumnParallelPloraLinear(_PloraLinear):
         scheme: Scheme | None = None,
     ) -> None:
         super().__init__(in_size, tensor_parallel.length(out_size), plora, scheme)
+
+
+def silu_and_mul_of(
+    gate: ColumnParallelPloraLinear,
+    up: ColumnParallelPloraLinear,
+    x: torch.Tensor,
+    image_rows: torch.Tensor | None,
+) -> torch.Tensor:
+    """silu(gate(x, image_rows)) * up(x, image_rows), in ops that take both where there are such.
+
+    x: [num_tokens, in] → [num_tokens, out]; with several ranks each computes its share of both.
+    """
+    if not (gate.is_watched or up.is_watched):
+        if image_rows is None and gate.scheme == up.scheme:
+            return gate.silu_times(up, x)
+        if image_rows is not None and gate.plora is not None and up.plora is not None:
+            gate_y, up_y = gate.product(x), up.product(x)
+            return silu_and_mul(*add_plora_pair(gate_y, up_y, x, *gate.plora, *up.plora, image_rows))
+    return silu_and_mul(gate(x, image_rows), up(x, image_rows))
 
 
 class RowParallelPloraLinear(_PloraLinear):

@@ -11,14 +11,13 @@ from wemm.distributed import TensorParallel
 from wemm.layers.embedding import Embedding
 from wemm.layers.linear import ColumnParallelLinear
 from wemm.layers.norm import RMSNorm
-from wemm.layers.plora import ColumnParallelPloraLinear, PloraSpec, RowParallelPloraLinear
+from wemm.layers.plora import ColumnParallelPloraLinear, PloraSpec, RowParallelPloraLinear, silu_and_mul_of
 from wemm.layers.rotary_embedding import rotary_angles
 from wemm.model.batch import Batch
 from wemm.ops.add_residual import add_residual
 from wemm.ops.decode_attention import decode_attention
 from wemm.ops.prefill_attention import prefill_attention
 from wemm.ops.rope_and_store_kv import rope_and_store_kv
-from wemm.ops.silu_and_mul import silu_and_mul
 from wemm.quantization import Scheme
 
 LayerPlora = dict[str, PloraSpec | None]
@@ -78,7 +77,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor, image_rows: torch.Tensor | None) -> torch.Tensor:
         """[num_tokens, hidden_size] → same."""
-        return self.w2(silu_and_mul(self.w1(x, image_rows), self.w3(x, image_rows)), image_rows)
+        return self.w2(silu_and_mul_of(self.w1, self.w3, x, image_rows), image_rows)
 
 
 class DecoderLayer(nn.Module):

@@ -156,6 +156,7 @@ class _StateCollector(Collector):
             ("wemm_preemptions", "Answers put back for lack of KV blocks.", stats.num_preemptions),
             ("wemm_draft_tokens", "Tokens guessed ahead.", stats.num_draft_tokens),
             ("wemm_accepted_tokens", "Guesses that came true.", stats.num_accepted_tokens),
+            ("wemm_awaiting_device_seconds", "With nothing else to do.", stats.seconds_awaiting_device),
         ):
             yield self._counter(name, text, value)
 

@@ -7,12 +7,17 @@ import torch
 
 pytest.importorskip("triton")
 
+from wemm.errors import ParameterError
 from wemm.ops.add_plora import add_plora
+from wemm.ops.add_plora_pair import add_plora_pair
 from wemm.ops.keep_top_p import keep_top_p
 from wemm.ops.layer_norm import layer_norm
 from wemm.ops.linear import linear
 from wemm.ops.linear_int4 import linear_int4
+from wemm.ops.linear_int4_silu_and_mul import linear_int4_silu_and_mul
 from wemm.ops.linear_int8 import linear_int8
+from wemm.ops.linear_int8_silu_and_mul import linear_int8_silu_and_mul
+from wemm.ops.linear_silu_and_mul import linear_silu_and_mul
 from wemm.ops.registry import TOLERANCES, Inputs
 from wemm.ops.rms_norm import rms_norm
 from wemm.ops.rope_and_store_kv import rope_and_store_kv
@@ -113,6 +118,48 @@ def test_plora_of_scattered_rows(inputs, image_tokens):
     got = compare(add_plora, y, x, plora_a, plora_b, 0.5, rows)
     untouched = torch.ones(80, dtype=torch.bool).index_fill(0, rows, False)
     assert torch.equal(got[untouched], y[untouched])
+
+
+@pytest.mark.parametrize(
+    ("op", "scheme"),
+    [(linear_silu_and_mul, None), (linear_int8_silu_and_mul, "int8"), (linear_int4_silu_and_mul, "int4")],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, 8, 9, 16])
+def test_the_gate_in_one_launch_is_that_in_three(monkeypatch, op, scheme, dtype, tokens):
+    """To the last bit: both products are rounded before the activation."""
+    monkeypatch.setattr("wemm.kernels.cuda.linear_int4.MANY_OUTPUTS", 0)  # sums of groups in the same order
+    inputs = Inputs(dtype, CPU, seed=3)
+    x, weights = inputs.normal(tokens, 300, scale=3), [inputs.normal(70, 300, scale=300**-0.5) for _ in range(2)]
+    stored = weights if scheme is None else [t for w in weights for t in SCHEMES[scheme].quantize(w)]
+    if scheme is None and tokens > 8:
+        with op.using("triton"), torch.inference_mode(), pytest.raises(ParameterError):
+            op(x, *stored)
+        return
+    with torch.inference_mode():
+        with op.using("triton"):
+            got = op(x, *stored)
+        assert torch.equal(got, op.definition(x, *stored))
+    assert got.shape == (tokens, 70)
+
+
+@pytest.mark.parametrize("image_tokens", [0, 1, 17, 70])
+def test_a_pair_of_plora_is_two(inputs, image_tokens):
+    """To the last bit, with a scaling each."""
+    gate, up, x = inputs.normal(80, 100), inputs.normal(80, 100), inputs.normal(80, 90)
+    factors = [(inputs.normal(24, 90, scale=0.1), inputs.normal(100, 24, scale=0.2)) for _ in range(2)]
+    rows = inputs.permutation(80)[:image_tokens]
+    with torch.inference_mode(), add_plora_pair.using("triton"), add_plora.using("triton"):
+        got = add_plora_pair(gate.clone(), up.clone(), x, *factors[0], 0.5, *factors[1], 2.0, rows)
+        assert torch.equal(got[0], add_plora(gate.clone(), x, *factors[0], 0.5, rows))
+        assert torch.equal(got[1], add_plora(up.clone(), x, *factors[1], 2.0, rows))
+
+
+def test_a_pair_of_different_ranks_is_left_to_its_definition(inputs):
+    gate, up, x, rows = inputs.normal(9, 30), inputs.normal(9, 30), inputs.normal(9, 20), torch.arange(5)
+    gate_factors, up_factors = ((inputs.normal(rank, 20), inputs.normal(30, rank)) for rank in (8, 4))
+    with torch.inference_mode(), add_plora_pair.using("triton"), pytest.raises(ParameterError):
+        add_plora_pair(gate, up, x, *gate_factors, 1.0, *up_factors, 1.0, rows)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 1), (2, 3, 129)])

@@ -17,13 +17,17 @@ elif torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
 else:
     from wemm.kernels.cuda import (  # noqa: F401 - each module attaches itself
         add_plora,
+        add_plora_pair,
         decode_attention,
         keep_top_p,
         layer_norm,
         linear,
         linear_int4,
+        linear_int4_silu_and_mul,
         linear_int8,
         linear_int8_gelu,
+        linear_int8_silu_and_mul,
+        linear_silu_and_mul,
         prefill_attention,
         rms_norm,
         rope_and_store_kv,

@@ -15,12 +15,20 @@ LOW_TILES = (Tiles(16, 32, 64, 4, 4), Tiles(64, 64, 64, 4, 4))
 UPDATE_TILES = (Tiles(16, 64, 64, 4, 4), Tiles(128, 128, 64, 8, 3))
 FLOAT32_TILES = (Tiles(32, 32, 32, 4, 2),)
 
+Update = tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]
+"""y, A, B and the scaling of one linear."""
+
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _low_rank(
-    x, plora_a, image_rows, low, scaling, num_rows, width, rank,
+    x, plora_a, other_a, image_rows, low, scaling, other_scaling, num_rows, width, rank,
     ROWS: tl.constexpr, RANK: tl.constexpr, INPUTS: tl.constexpr,
 ):  # fmt: skip
+    """low: [members, num_rows, rank]; with `other_a` there are two of them."""
+    if other_a is not None and tl.program_id(2) == 1:
+        plora_a = other_a
+        scaling = other_scaling
+        low += num_rows * rank
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1) * RANK + tl.arange(0, RANK)
     column = tl.arange(0, INPUTS)
@@ -43,9 +51,14 @@ def _low_rank(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _add_update(
-    y, low, plora_b, image_rows, num_rows, outputs, rank,
+    y, other_y, low, plora_b, other_b, image_rows, num_rows, outputs, rank,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
+    """As _low_rank."""
+    if other_y is not None and tl.program_id(2) == 1:
+        y = other_y
+        plora_b = other_b
+        low += num_rows * rank
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     part = tl.arange(0, RANK)
@@ -66,7 +79,7 @@ def _add_update(
     tl.store(y, (before + update).to(y.dtype.element_ty), mask=is_in)
 
 
-def _supports(
+def takes(
     y: torch.Tensor,
     x: torch.Tensor,
     plora_a: torch.Tensor,
@@ -74,10 +87,11 @@ def _supports(
     scaling: float,
     image_rows: torch.Tensor,
 ) -> bool:
+    """Also those of add_plora_pair, one after the other."""
     return y.dtype in FLOATS and are(y.dtype, y, x, plora_a, plora_b) and are(torch.int64, image_rows)
 
 
-@add_plora.impl("triton", "cuda", _supports)
+@add_plora.impl("triton", "cuda", takes)
 def _(
     y: torch.Tensor,
     x: torch.Tensor,
@@ -86,19 +100,27 @@ def _(
     scaling: float,
     image_rows: torch.Tensor,
 ) -> torch.Tensor:
+    add_updates(x, image_rows, (y, plora_a, plora_b, scaling))
+    return y
+
+
+def add_updates(x: torch.Tensor, image_rows: torch.Tensor, one: Update, other: Update | None = None) -> None:
+    """To one result, or in the same two launches to two of the same sizes."""
+    y, plora_a, plora_b, scaling = one
+    other_y, other_a, other_b, other_scaling = other or (None,) * 4
     num_rows, (rank, width), outputs = len(image_rows), plora_a.shape, y.shape[1]
-    is_wide = y.dtype is torch.float32
-    low = torch.empty(num_rows, rank, dtype=y.dtype, device=y.device)
+    members = 1 if other is None else 2
+    is_wide = x.dtype is torch.float32
+    low = torch.empty(members, num_rows, rank, dtype=x.dtype, device=x.device)
     tiles = tiles_for(num_rows, FLOAT32_TILES if is_wide else LOW_TILES)
-    _low_rank[tiles.grid(num_rows, rank)](
-        x, plora_a, image_rows, low, scaling, num_rows, width, rank,
+    _low_rank[(*tiles.grid(num_rows, rank), members)](
+        x, plora_a, other_a, image_rows, low, scaling, other_scaling, num_rows, width, rank,
         ROWS=tiles.tokens, RANK=tiles.outputs, INPUTS=tiles.inputs,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     tiles = tiles_for(num_rows, FLOAT32_TILES if is_wide else UPDATE_TILES)
-    _add_update[tiles.grid(num_rows, outputs)](
-        y, low, plora_b, image_rows, num_rows, outputs, rank,
+    _add_update[(*tiles.grid(num_rows, outputs), members)](
+        y, other_y, low, plora_b, other_b, image_rows, num_rows, outputs, rank,
         ROWS=tiles.tokens, OUTPUTS=tiles.outputs, RANK=tiles.inputs,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
-    return y
