@@ -135,7 +135,14 @@ def _range_hooks(model: WemmModel, ranges: Ranges) -> Iterator[Any]:
             yield module.register_forward_pre_hook(
                 lambda m, given, name=name: _note_inputs(ranges, f"the input of {name}", given)
             )
-            yield module.register_forward_hook(lambda m, given, output, name=name: ranges.note(name, output))
+            yield module.register_forward_hook(
+                lambda m, given, output, name=name: _note_outputs(ranges, name, output)
+            )
+
+
+def _note_outputs(ranges: Ranges, name: str, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+    for values in output if isinstance(output, tuple) else (output,):
+        ranges.note(name, values)
 
 
 def _note_inputs(ranges: Ranges, name: str, given: tuple[Any, ...]) -> None:

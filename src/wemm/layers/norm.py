@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from wemm.ops.add_rms_norm import add_rms_norm
 from wemm.ops.layer_norm import layer_norm
 from wemm.ops.rms_norm import rms_norm
 
@@ -20,6 +21,14 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., hidden_size] → same."""
         return rms_norm(x, self.weight, self._eps)
+
+
+class AddRMSNorm(RMSNorm):
+    """Of a sum."""
+
+    def forward(self, y: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        """The norm of y + x, and y + x; all [..., hidden_size], y given away."""
+        return add_rms_norm(y, x, self.weight, self._eps)
 
 
 class LayerNorm(nn.Module):

@@ -10,7 +10,7 @@ from wemm.config import PLORA_LINEARS, PloraConfig, TextConfig
 from wemm.distributed import TensorParallel
 from wemm.layers.embedding import Embedding
 from wemm.layers.linear import ColumnParallelLinear
-from wemm.layers.norm import RMSNorm
+from wemm.layers.norm import AddRMSNorm, RMSNorm
 from wemm.layers.plora import ColumnParallelPloraLinear, PloraSpec, RowParallelPloraLinear, silu_and_mul_of
 from wemm.layers.rotary_embedding import rotary_angles
 from wemm.model.batch import Batch
@@ -89,15 +89,16 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(config, plora, tensor_parallel, scheme)
-        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.ffn_norm = AddRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.feed_forward = FeedForward(config, plora, tensor_parallel, scheme)
 
     def forward(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: Batch, kv_cache: torch.Tensor
     ) -> torch.Tensor:
         """[num_tokens, hidden_size] → same."""
-        x = add_residual(self.attention(self.attention_norm(x), cos, sin, batch, kv_cache), x)
-        return add_residual(self.feed_forward(self.ffn_norm(x), batch.image_rows), x)
+        attended = self.attention(self.attention_norm(x), cos, sin, batch, kv_cache)
+        normed, x = self.ffn_norm(attended, x)
+        return add_residual(self.feed_forward(normed, batch.image_rows), x)
 
 
 class InternLM2(nn.Module):

@@ -63,6 +63,7 @@ def test_a_decode_step_asks_the_device_for_nothing(language, kv_dtype, compiled,
         launches = compiled(90, lambda: step.recorded(step.before(batch), batch, cache))
     names = [launch.name for launch in launches]
     assert {"_decode_attention", "_join"} <= set(names)
+    assert names.count("_rms_norm") == 3  # before the halves of the layer, and at the end; one adds
     assert "_silu_and_mul" not in names  # it ends the products of w1 and w3, for which rows are rounded once
     assert names.count("_quantize_rows") == (4 if language else 0)
 

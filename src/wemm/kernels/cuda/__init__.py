@@ -18,6 +18,7 @@ else:
     from wemm.kernels.cuda import (  # noqa: F401 - each module attaches itself
         add_plora,
         add_plora_pair,
+        add_rms_norm,
         decode_attention,
         keep_top_p,
         layer_norm,
