@@ -301,7 +301,7 @@ def _sequence(number, length, max_model_len, num_patches, draft):
     return sequence
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     seqs=st.integers(1, 20),
     tokens=st.integers(1, 60),

@@ -89,7 +89,7 @@ def profile_memory(
         _compute(runner, step, config, block_size)
 
     kv_cache = math.prod(model.kv_cache_shape(num_blocks, block_size, kv_cache_dtype)) * kv_cache_dtype.itemsize
-    before = platform.available_memory()
+    before = platform.available_memory()  # beside the weights; what loading them left unused is given back
     try:
         peak = platform.peak_memory(work)
     except torch.OutOfMemoryError:
@@ -136,29 +136,27 @@ def _images(num_patches: int, config: ModelConfig, name: str) -> tuple[Processed
 
 
 def _model_input(step: LargestStep, images: tuple[ProcessedImage, ...], block_size: int) -> ModelInput:
-    """Every token of a chunk belongs to one of `images`, if there are any."""
+    """Every token of a chunk belongs to one of `images`, if there are any. No sequence shares a block."""
     spans = step.spans()
+    positions = [np.arange(*span, dtype=np.int64) for span in spans]
     num_blocks = [-(-stop // block_size) for _, stop in spans]
     first_blocks = [0, *accumulate(num_blocks)][:-1]
+    tables = np.zeros((step.num_seqs, max(num_blocks)), dtype=np.int32)
+    for table, first, count in zip(tables, first_blocks, num_blocks, strict=True):
+        table[:count] = np.arange(first, first + count)
     chunks = [stop - start for start, stop in spans if stop - start > 1]
     num_image_tokens = sum(chunks) if images else 0
     return ModelInput(
         input_ids=np.zeros(step.num_tokens, dtype=np.int64),
-        positions=np.concatenate([np.arange(*span) for span in spans]),
+        positions=np.concatenate(positions),
         slot_mapping=np.concatenate(
-            [first * block_size + np.arange(*span) for first, span in zip(first_blocks, spans, strict=True)]
+            [first * block_size + p for first, p in zip(first_blocks, positions, strict=True)]
         ),
-        block_tables=np.array(
-            [
-                [*range(first, first + n), *[0] * (max(num_blocks) - n)]
-                for first, n in zip(first_blocks, num_blocks, strict=True)
-            ],
-            dtype=np.int32,
-        ),
+        block_tables=tables,
         seq_lens=np.array([stop for _, stop in spans], dtype=np.int32),
-        logits_rows=np.arange(step.num_logits),
+        logits_rows=np.arange(step.num_logits, dtype=np.int64),
         cu_seqlens_q=np.array([0, *accumulate(chunks)], dtype=np.int32) if chunks else None,
-        image_rows=np.arange(step.num_tokens - num_image_tokens, step.num_tokens),
+        image_rows=np.arange(step.num_tokens - num_image_tokens, step.num_tokens, dtype=np.int64),
         visual_slices=_visual_slices(images, num_image_tokens),
     )
 
