@@ -127,6 +127,25 @@ def test_the_largest_images_and_the_largest_chunk_are_computed(told, seen):
     assert sum(s.stop - s.start for s in batch.visual_slices) == 193
 
 
+def test_what_is_sampled_is_finite_whatever_the_cache_holds(told, monkeypatch):
+    """Memory that was never written may be NaN, of which a sampler need not make sense."""
+    forward, given = ModelRunner.forward, []
+
+    def forward_of_nan(self, model_input):
+        self._kv_cache.fill_(torch.nan)
+        logits, errors = forward(self, model_input)
+        assert not logits.isfinite().all()
+        return logits, errors
+
+    monkeypatch.setattr(ModelRunner, "forward", forward_of_nan)
+    monkeypatch.setattr("wemm.engine.memory_profile.sample", lambda *arguments: given.append(arguments))
+    with LLM("tiny", max_model_len=600, **MODEL):
+        pass
+    [(logits, rows)] = given
+    assert logits.isfinite().all()
+    assert logits.shape == (len(rows), 640)
+
+
 def test_sequences_shorter_than_a_step_fill_it_together(told, seen):
     with LLM("tiny", max_model_len=90, **MODEL):
         pass

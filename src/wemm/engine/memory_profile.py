@@ -105,6 +105,7 @@ def profile_memory(
     return ProfiledMemory(free, peak - kv_cache, step.max_model_len)
 
 
+@torch.inference_mode()
 def _compute(runner: ModelRunner, step: LargestStep, config: ModelConfig, block_size: int) -> None:
     """The language model's part runs while one vision-tower call is under way, beside the results of another.
 
@@ -116,7 +117,8 @@ def _compute(runner: ModelRunner, step: LargestStep, config: ModelConfig, block_
     runner.encode(VisionSlice(begun, 0, 1, is_complete=False))
     # An image that is refused has no embeddings: requests with images will fail, those of text alone will not.
     logits, _ = runner.forward(_model_input(step, () if any(errors) else done, block_size))
-    sample(logits, _sampling_rows(step.num_logits, config.text.vocab_size))
+    # What a new cache holds may be NaN. Of equal logits none can be left out before the others are looked at.
+    sample(logits.zero_(), _sampling_rows(step.num_logits, config.text.vocab_size))
     del logits
     runner.encode(VisionSlice(begun, 1, 1, is_complete=True))
 
