@@ -260,7 +260,8 @@ class EngineConfig:
     block_size: int = option(16, "Tokens per KV cache block.")
     kv_cache_memory: int | None = option(
         None,
-        "Bytes for the KV cache (4GiB, 512MiB, …). Default: what the sequences need, up to half of what is free.",
+        "Bytes for the KV cache (4GiB, 512MiB, …). Default: what the sequences need; on a CPU up to half of what "
+        "is free, on a GPU or NPU up to what the largest step leaves of it.",
     )
     kv_cache_dtype: str = option(
         "auto", "auto: the model's dtype; int8: half the memory per token of 16 bit, a scale per token and head."

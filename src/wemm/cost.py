@@ -137,10 +137,27 @@ class MemoryPlan:
     max_model_len: int
     image_cache: int
     available: int | None
+    reserve: int = 0
+    """Left to what no profile shows."""
+
+
+@dataclass(frozen=True)
+class ProfiledMemory:
+    """What the device of one rank told when the largest step had run on it, in bytes."""
+
+    free: int
+    """Beside the weights, by the driver."""
+    activations: int
+    """The step took so much at its peak."""
+    max_model_len: int
+    """The longest sequence it had."""
 
 
 _MIN_MODEL_LEN = 2048
 _IMAGE_CACHE = 2**28
+_LEAST_RESERVE, _RESERVED_PART = 2**29, 50
+"""Decode graphs, which are recorded while requests are served, and gaps in what the allocator holds: of what is
+available a fiftieth, and no less than 512 MiB."""
 
 
 def plan_memory(
@@ -158,46 +175,44 @@ def plan_memory(
     num_ranks: int = 1,
     quantization: QuantizationConfig = UNQUANTIZED,
     kv_dtype: str | None = None,
+    profiled: ProfiledMemory | None = None,
 ) -> MemoryPlan:
     """Size the caches of one rank, and max_model_len if it is open. Raises InsufficientMemoryError with the plan.
 
-    `weights` (bytes), `available` and the memory options are those of one of `num_ranks` ranks.
+    `weights` (bytes), `available` and the memory options are those of one of `num_ranks` ranks. Activations are
+    estimated, and the KV cache may have half of what they leave. If they were `profiled`, it may have all but a
+    reserve, and what is available is what was free then and the weights that are there already.
     """
+    longest = max_model_len or config.text.max_position_embeddings
+    least = max_model_len or min(_MIN_MODEL_LEN, config.text.max_position_embeddings)
+    if profiled is None:
+        activations = activation_bytes(config, max_num_batched_tokens, max_num_batched_patches, dtype)
+        reserve, share = 0, 2
+    else:
+        available, longest = profiled.free + weights, min(longest, profiled.max_model_len)
+        activations, share = profiled.activations, 1
+        # Who says how large the KV cache is has thought of the rest.
+        reserve = max(_LEAST_RESERVE, available // _RESERVED_PART) if kv_cache_memory is None else 0
     image_cache = image_cache_memory
     if image_cache is None:
         image_cache = _IMAGE_CACHE if available is None else min(_IMAGE_CACHE, available // 16)
-    activations = activation_bytes(config, max_num_batched_tokens, max_num_batched_patches, dtype)
+    taken = weights + activations + image_cache + reserve
     per_block = kv_bytes_per_token(config, kv_dtype or dtype) * block_size // num_ranks
-    longest = max_model_len or config.text.max_position_embeddings
-    least = max_model_len or min(_MIN_MODEL_LEN, config.text.max_position_embeddings)
     wanted_blocks = -(-longest // block_size) * max_num_seqs
     least_blocks = -(-least // block_size)
     if kv_cache_memory is not None:
         num_blocks = kv_cache_memory // per_block
         if num_blocks < least_blocks:
             raise InsufficientMemoryError(
-                f"kv_cache_memory {_size(kv_cache_memory)} holds {num_blocks * block_size} tokens, but one "
-                f"sequence of {least} needs {_size(least_blocks * per_block)}; raise --kv-cache-memory "
+                f"kv_cache_memory {size_text(kv_cache_memory)} holds {num_blocks * block_size} tokens, but one "
+                f"sequence of {least} needs {size_text(least_blocks * per_block)}; raise --kv-cache-memory "
                 "or lower --max-model-len"
             )
     elif available is None:
         num_blocks = wanted_blocks
     else:
-        free = available - weights - activations - image_cache
-        num_blocks = min(wanted_blocks, max(free // 2 // per_block, least_blocks))
-    needed = weights + activations + image_cache + num_blocks * per_block
-    if available is not None and needed > available:
-        stored = f"{dtype}; {quantization}" if quantization else dtype
-        smaller = " use --dtype bfloat16," if dtype == "float32" else ""
-        smaller = smaller or ("" if quantization.language == "int4" else " use --quantization int4,")
-        raise InsufficientMemoryError(
-            f"not enough memory: weights {_size(weights)} ({stored}) + activations {_size(activations)} + KV "
-            f"cache {_size(num_blocks * per_block)} ({num_blocks * block_size} tokens) + image cache "
-            f"{_size(image_cache)} = {_size(needed)}, but "
-            f"{_size(available)} are available;{smaller} lower --max-model-len or --kv-cache-memory, "
-            "or use a larger machine"
-        )
-    return MemoryPlan(
+        num_blocks = min(wanted_blocks, max((available - taken) // share // per_block, least_blocks))
+    plan = MemoryPlan(
         dtype=dtype,
         weights=weights,
         activations=activations,
@@ -206,10 +221,36 @@ def plan_memory(
         max_model_len=min(longest, num_blocks * block_size),
         image_cache=image_cache,
         available=available,
+        reserve=reserve,
+    )
+    if available is not None and taken + plan.kv_cache > available:
+        raise InsufficientMemoryError(_refusal(plan, available, quantization, profiled is not None))
+    return plan
+
+
+def _refusal(plan: MemoryPlan, available: int, quantization: QuantizationConfig, is_profiled: bool) -> str:
+    """The plan, and what would make it fit."""
+    dtype = plan.dtype
+    weights, activations, kv_cache, image_cache, reserve = map(
+        size_text, (plan.weights, plan.activations, plan.kv_cache, plan.image_cache, plan.reserve)
+    )
+    stored = f"{dtype}; {quantization}" if quantization else dtype
+    smaller = " use --dtype bfloat16," if dtype == "float32" else ""
+    smaller = smaller or ("" if quantization.language == "int4" else " use --quantization int4,")
+    lower = "--max-model-len or --kv-cache-memory"
+    if is_profiled:
+        lower = "--max-model-len, --kv-cache-memory or --max-num-batched-tokens"
+    needed = plan.weights + plan.activations + plan.kv_cache + plan.image_cache + plan.reserve
+    return (
+        f"not enough memory: weights {weights} ({stored}) + activations {activations}"
+        f"{' (profiled)' if is_profiled else ''} + KV cache {kv_cache} ({plan.kv_tokens} tokens) + image cache "
+        f"{image_cache}{f' + reserve {reserve}' if plan.reserve else ''} = {size_text(needed)}, but "
+        f"{size_text(available)} are available;{smaller} lower {lower}, or use a larger machine"
     )
 
 
-def _size(num_bytes: int) -> str:
+def size_text(num_bytes: int) -> str:
+    """Bytes as people write them."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
         if num_bytes >= size / 10:
             return f"{num_bytes / size:.1f} {unit}"

@@ -9,12 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from wemm import LLM, SamplingParams
 from wemm.benchmark.ops import load_ops, model_shapes
+from wemm.config import PRESETS
+from wemm.cost import largest_image
 from wemm.engine.engine import Engine
 from wemm.kernels import load_kernels
 from wemm.ops.registry import DEFINITION, OPS, Inputs
+from wemm.platforms import resolve_platform
 from wemm.platforms.npu import is_npu_present
 
 pytestmark = pytest.mark.device
@@ -190,3 +194,24 @@ def test_nothing_waits_while_a_step_is_launched(ask, device, monkeypatch):
         outputs = llm.chat(asked, MIXED)  # a launch that is refused fails its requests
         assert llm.stats.seconds_awaiting_device > 0
     assert [len(o.outputs[0].token_ids) for o in outputs] == [len(o.outputs[0].token_ids) for o in expected]
+
+
+@pytest.mark.parametrize("model", ["nano", "wemm-chat-2k-cn"])
+@pytest.mark.parametrize("options", [dict(enforce_eager=True), dict()], ids=["eager", "replayed"])
+def test_answers_stay_within_the_memory_plan(ask, device, model, options):
+    """The largest image, beside long prompts and answers; decode graphs take of the reserve."""
+    platform = resolve_platform(device)
+    if model in PRESETS and (platform.device.type == "cpu" or (platform.available_memory() or 0) < 30 * 2**30):
+        pytest.skip("needs a device with 30 GiB")
+    weights = "dummy" if model in PRESETS else "auto"
+    with LLM(model, device=device, load_format=weights, image_cache_memory=0, **options) as llm:
+        plan = llm._open.memory_plan
+        edge = largest_image(llm._open.source.config).resized[0]
+        work = [ask(f"{i} " + "word " * 200, Image.new("RGB", (edge, edge), (i, 0, 0))) for i in range(8)]
+        params = SamplingParams(max_tokens=8, ignore_eos=True, temperature=1.0, top_p=0.9, top_k=50, logprobs=5)
+        peak = platform.peak_memory(lambda: llm.chat(work, params) and None)
+        if peak is None:
+            pytest.skip("this device does not tell what it took")
+        left = platform.available_memory()
+    assert peak <= plan.activations + (0 if options else plan.reserve)
+    assert left >= plan.activations, "what was planned for steps is there"

@@ -28,11 +28,20 @@ def card(monkeypatch):
     """A torch_npu with one card of bfloat16, and what was asked of it."""
     module = ModuleType("torch_npu")
     module.__spec__ = importlib.machinery.ModuleSpec("torch_npu", None)
-    module.waited, module.current, module.compile_modes = [], [], []
+    module.waited, module.current, module.compile_modes, module.emptied = [], [], [], []
+    memory = module.memory = SimpleNamespace(allocated=0, peak=0)
+
+    def reset(device):
+        memory.peak = memory.allocated
+
     module.npu = SimpleNamespace(
         is_available=lambda: True,
         is_bf16_supported=lambda: True,
         mem_get_info=lambda device: (40 << 30, 64 << 30),
+        empty_cache=lambda: module.emptied.append(True),
+        memory_allocated=lambda device: memory.allocated,
+        max_memory_allocated=lambda device: memory.peak,
+        reset_peak_memory_stats=reset,
         synchronize=module.waited.append,
         set_device=module.current.append,
         set_compile_mode=lambda jit_compile: module.compile_modes.append(jit_compile),
@@ -64,6 +73,7 @@ def test_auto_is_the_cpu_without_a_card(card, monkeypatch):
 def test_facts(card):
     platform = NpuPlatform(Device("npu"))
     assert platform.available_memory() == 40 << 30
+    assert card.emptied, "what torch_npu holds unused is free"
     assert platform.ranks_share_memory is False
     wanted = [platform.preferred_dtype(dtype) for dtype in ("float16", "bfloat16", "float32")]
     assert wanted == ["float16", "bfloat16", "float16"]
@@ -72,6 +82,17 @@ def test_facts(card):
     assert card.compile_modes == [False]
     platform.synchronize()
     assert card.waited == [platform.device]
+
+
+def test_the_peak_is_counted_from_what_was_allocated_before(card):
+    memory = card.memory
+    memory.allocated, memory.peak = 100, 900  # loading took more
+
+    def work():
+        memory.peak = 350
+
+    assert NpuPlatform(Device("npu")).peak_memory(work) == 250
+    assert len(card.waited) == 2
 
 
 def test_ranks_meet_by_hccl(card, monkeypatch):

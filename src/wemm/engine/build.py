@@ -1,4 +1,4 @@
-"""EngineConfig → a running engine: find, check, plan, load."""
+"""EngineConfig → a running engine: find, check, estimate, load, profile, plan."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from wemm.checkpoint.checkpoint import (
 )
 from wemm.checkpoint.loader import load_dummy_weights, load_weights, weight_bytes
 from wemm.config import PRESETS, EngineConfig, ModelConfig, PloraConfig, QuantizationConfig
-from wemm.cost import DTYPE_BYTES, MemoryPlan, largest_image, plan_memory
+from wemm.cost import DTYPE_BYTES, MemoryPlan, ProfiledMemory, largest_image, plan_memory, size_text
 from wemm.distributed import SINGLE, TensorParallel
 from wemm.engine.encoder_cache import EncoderCache
 from wemm.engine.engine import Engine
 from wemm.engine.kv_cache import KVCacheManager
+from wemm.engine.memory_profile import LargestStep, largest_step, profile_memory
 from wemm.engine.model_runner import ModelRunner, Runner
 from wemm.engine.scheduler import Limits
 from wemm.engine.worker import Followers, Group, LeaderRunner, follow, leave_group, torchrun_rank
-from wemm.errors import CheckpointError, ParameterError
+from wemm.errors import CheckpointError, ParameterError, RankError
 from wemm.kernels import load_kernels, recorder
 from wemm.model.wemm import WemmModel
 from wemm.platforms import Platform, resolve_platform
@@ -116,17 +117,20 @@ def build_engine(config: EngineConfig, progress: ProgressBar) -> BuiltEngine:
     source = find_source(config)
     tokenizer = Tokenizer(source.tokenizer_directory)
     check(config, source, tokenizer)
-    plan, dtype = _plan(config, source, platform)
+    dtype = resolve_dtype(config, source.dtype, platform)
+    estimate = _plan(config, source, platform, dtype)
+    limits = _limits(config, source, platform, dtype)
+    kv_tokens = None if config.kv_cache_memory is None else estimate.kv_tokens
+    step = largest_step(limits, estimate.max_model_len, config.num_speculative_tokens, kv_tokens)
+    runner, plan = _make_runner(config, source, platform, estimate, step, rank, progress)
     logger.info("%s on %s in %s, max_model_len %d", config.model, platform.device, dtype, plan.max_model_len)
-    num_blocks = plan.kv_tokens // config.block_size
-    runner = _make_runner(config, source, platform, dtype, num_blocks, rank, progress)
     return BuiltEngine(
         engine=Engine(
             runner,
             tokenizer,
-            KVCacheManager(num_blocks, config.block_size, config.enable_prefix_caching),
+            KVCacheManager(plan.kv_tokens // config.block_size, config.block_size, config.enable_prefix_caching),
             EncoderCache(plan.image_cache),
-            _limits(config, source, platform, dtype),
+            limits,
             plan.max_model_len,
             config.num_speculative_tokens,
             platform.computes_beside_cpu if config.async_scheduling is None else config.async_scheduling,
@@ -155,40 +159,77 @@ def _make_runner(
     config: EngineConfig,
     source: Source,
     platform: Platform,
-    dtype: str,
-    num_blocks: int,
+    estimate: MemoryPlan,
+    step: LargestStep,
     rank: int | None,
     progress: ProgressBar,
-) -> Runner:
-    def load(tensor_parallel: TensorParallel) -> ModelRunner:
-        model = _load_model(config, source, platform, dtype, tensor_parallel, progress)
-        return _runner(config, source, platform, dtype, model, num_blocks, tensor_parallel)
-
-    size = config.tensor_parallel_size
+) -> tuple[Runner, MemoryPlan]:
+    """The runner, and how the memory was shared out in the end."""
+    size, dtype = config.tensor_parallel_size, estimate.dtype
     # Whoever uses torchrun places its processes.
     shares = platform.cpu_shares(size) if rank is None else [None] * size
     followers = Followers(config, shares[1:]) if size > 1 and rank is None else None
     try:
         platform.occupy(shares[0])
-        if size == 1:
-            return load(SINGLE)
-        group = Group(platform.collective_backend, 0, size, followers.store if followers else None)
-        group.send("build", num_blocks, dtype)
-        return LeaderRunner(load(group.tensor_parallel), group, followers)
-    except BaseException:
+        group = None
+        if size > 1:
+            group = Group(platform.collective_backend, 0, size, followers.store if followers else None)
+            group.send("load", dtype, step)
+        tensor_parallel = group.tensor_parallel if group else SINGLE
+        model = _load_model(config, source, platform, dtype, tensor_parallel, progress)
+        profiled = _profile(config, source, platform, dtype, model, step, group)
+        plan = estimate
+        if profiled is not None:
+            plan = _plan(config, source, platform, dtype, profiled)
+            sizes = size_text(plan.activations), size_text(plan.kv_cache), plan.kv_tokens
+            logger.info("profiled: activations %s; leaves a KV cache of %s, %d tokens", *sizes)
+        num_blocks = plan.kv_tokens // config.block_size
+        if group is not None:
+            group.send("build", num_blocks)
+        runner = _runner(config, source, platform, dtype, model, num_blocks, tensor_parallel)
+        return (LeaderRunner(runner, group, followers) if group else runner), plan
+    except BaseException as error:
+        # A connection breaks when a follower dies.
+        lost = followers.blame(error) if followers is not None and isinstance(error, RuntimeError) else None
         if followers is not None:
             followers.stop()
         leave_group()
         platform.release()
+        if lost is not None:
+            raise RankError(lost) from error
         raise
 
 
 def build_rank(config: EngineConfig, platform: Platform, group: Group) -> ModelRunner:
     """A follower's share of the model, sized as the leader says."""
-    _, (num_blocks, dtype) = group.receive()
+    _, (dtype, step) = group.receive()
     source = find_source(config)
     model = _load_model(config, source, platform, dtype, group.tensor_parallel, silent)
+    _profile(config, source, platform, dtype, model, step, group)
+    _, (num_blocks,) = group.receive()
     return _runner(config, source, platform, dtype, model, num_blocks, group.tensor_parallel)
+
+
+def _profile(
+    config: EngineConfig,
+    source: Source,
+    platform: Platform,
+    dtype: str,
+    model: WemmModel,
+    step: LargestStep,
+    group: Group | None,
+) -> ProfiledMemory | None:
+    """Of the rank that has the least room for its caches, on every rank."""
+    dtypes = _dtypes(config, dtype)
+    profiled = profile_memory(step, model, source.config, platform, *dtypes, config.block_size)
+    if profiled is None or group is None:
+        return profiled
+    return min(group.gather(profiled), key=lambda rank: rank.free - rank.activations)
+
+
+def _dtypes(config: EngineConfig, dtype: str) -> tuple[torch.dtype, torch.dtype]:
+    """Of the model, and of keys and values."""
+    return getattr(torch, dtype), getattr(torch, config.kv_dtype(dtype))
 
 
 def _runner(
@@ -200,13 +241,12 @@ def _runner(
     num_blocks: int,
     tensor_parallel: TensorParallel,
 ) -> ModelRunner:
-    dtypes = getattr(torch, dtype), getattr(torch, config.kv_dtype(dtype))
     is_eager = config.enforce_eager or config.tensor_parallel_size > 1
     return ModelRunner(
         model,
         source.config,
         platform,
-        *dtypes,
+        *_dtypes(config, dtype),
         num_blocks,
         config.block_size,
         None if is_eager else recorder(platform.device.type),
@@ -255,14 +295,16 @@ def run_dtype(config: EngineConfig) -> str:
     return resolve_dtype(config, find_source(config).dtype, resolve_platform(config.device))
 
 
-def _plan(config: EngineConfig, source: Source, platform: Platform) -> tuple[MemoryPlan, str]:
-    dtype = resolve_dtype(config, source.dtype, platform)
+def _plan(
+    config: EngineConfig, source: Source, platform: Platform, dtype: str, profiled: ProfiledMemory | None = None
+) -> MemoryPlan:
+    """An estimate, which refuses what cannot fit before it is loaded; then by what was `profiled`."""
     size, available = config.tensor_parallel_size, platform.available_memory()
     if available is not None and platform.ranks_share_memory:
         available //= size
     with torch.device("meta"):
         rank = WemmModel(source.config, source.plora, TensorParallel(0, size), source.quantization)
-    plan = plan_memory(
+    return plan_memory(
         source.config,
         weight_bytes(rank, getattr(torch, dtype)),
         dtype,
@@ -277,8 +319,8 @@ def _plan(config: EngineConfig, source: Source, platform: Platform) -> tuple[Mem
         size,
         source.quantization,
         config.kv_dtype(dtype),
+        profiled,
     )
-    return plan, dtype
 
 
 def _load_model(

@@ -19,7 +19,7 @@ from wemm.processing.image_processor import ProcessedImage
 
 _MAX_PASSED_OVER = 64
 """How often a waiting sequence may see a later one of higher priority go first."""
-_MAX_SPECULATING = 8
+MAX_SPECULATING = 8
 """With more sequences than this a step is no longer bound by reading weights, and drafts cost what they save."""
 
 
@@ -225,7 +225,7 @@ class Scheduler:
         return scheduled
 
     def _draft(self, sequence: Sequence, room: int) -> tuple[int, ...]:
-        if not sequence.is_decoding or len(self._running) > _MAX_SPECULATING:
+        if not sequence.is_decoding or len(self._running) > MAX_SPECULATING:
             return ()
         room = min(room, sequence.num_tokens_left - 1)
         draft: list[int] = []

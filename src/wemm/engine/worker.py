@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,8 @@ from wemm.engine.scheduler import VisionSlice
 from wemm.errors import NumericalError, ParameterError, RankError
 from wemm.model.wemm import WemmModel
 from wemm.platforms.topology import CpuShare
+
+T = TypeVar("T")
 
 _HOST = "127.0.0.1"
 _STOP = "stop"
@@ -79,6 +81,12 @@ class Group:
         box: list[Any] = [None]
         dist.broadcast_object_list(box, src=0, group=self._calls)
         return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank: what each of them gives, by rank."""
+        values: list[Any] = [None] * self.tensor_parallel.size
+        dist.all_gather_object(values, value, group=self._calls)
+        return values
 
 
 class Followers:

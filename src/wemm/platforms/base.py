@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -26,6 +26,13 @@ class Platform:
 
     def available_memory(self) -> int | None:
         """Bytes that can be allocated now; None if the device does not tell."""
+        return None
+
+    def peak_memory(self, work: Callable[[], None]) -> int | None:
+        """Do `work`; bytes it had allocated at its peak beyond what was allocated before.
+
+        None, and nothing is done, where the device does not tell or shares its memory with other programs.
+        """
         return None
 
     def preferred_dtype(self, checkpoint_dtype: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Callable
 
 import torch
 
@@ -57,10 +58,22 @@ class NpuPlatform(Platform):
         torch_npu.npu.set_compile_mode(jit_compile=False)
 
     def available_memory(self) -> int | None:
-        """Bytes the driver has free."""
+        """Bytes the driver has free, when torch_npu has given back what it holds unused."""
         import torch_npu
 
+        torch_npu.npu.empty_cache()
         return int(torch_npu.npu.mem_get_info(self.device)[0])
+
+    def peak_memory(self, work: Callable[[], None]) -> int | None:
+        """Of what torch_npu allocates, as for CUDA."""
+        import torch_npu
+
+        torch_npu.npu.synchronize(self.device)
+        before = int(torch_npu.npu.memory_allocated(self.device))
+        torch_npu.npu.reset_peak_memory_stats(self.device)
+        work()
+        torch_npu.npu.synchronize(self.device)
+        return int(torch_npu.npu.max_memory_allocated(self.device)) - before
 
     def preferred_dtype(self, checkpoint_dtype: str) -> str:
         """float16 where bfloat16 is not supported, and for float32, which the fused attention does not take."""
