@@ -34,6 +34,13 @@ def test_the_real_model_is_measured_at_one_large_image_and_a_question():
 
 
 @pytest.mark.parametrize("name", OPS)
+def test_cases_can_be_listed_before_they_have_memory(name):
+    assert (
+        OPS[name].cases(_Sizes(torch.float32)).keys() == OPS[name].cases(Inputs(torch.float32, CPU.device)).keys()
+    )
+
+
+@pytest.mark.parametrize("name", OPS)
 def test_every_op_runs_at_the_sizes_of_nano(name):
     op = OPS[name]
     cases = op.model_cases(Inputs(torch.float32, CPU.device), NANO)

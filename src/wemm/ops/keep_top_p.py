@@ -21,7 +21,7 @@ def _cases(inputs: Inputs) -> Mapping[str, tuple[Any, ...]]:
 
     shares = inputs.float32(4).abs().clamp(min=0.01)
     peaked, one_hot = probs(4, 1000, 8), torch.eye(4, 1000, device=inputs.device)
-    levels = torch.tensor([0.5, 0.25, 0.25, 0.0], device=inputs.device)
+    levels = peaked.new_tensor([0.5, 0.25, 0.25, 0.0])
     return {
         "random": (probs(4, 20_001, 2), shares),
         "flat": (probs(4, 9000, 0), shares),
