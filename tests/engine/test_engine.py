@@ -332,7 +332,10 @@ def test_a_step_is_launched_before_the_tokens_of_the_one_before_are_awaited(ask,
     order = []
     launch, wait = ModelRunner.forward, HostCopy.wait
     params = SamplingParams(max_tokens=6, ignore_eos=True, temperature=0.8, top_p=0.9, repetition_penalty=1.2)
-    with LLM("tiny", **MODEL, **PLAIN, **ASYNC) as llm, LLM("tiny", **MODEL, **PLAIN) as waiting:
+    with (
+        LLM("tiny", **MODEL, **PLAIN, **ASYNC) as llm,
+        LLM("tiny", **MODEL, **PLAIN, async_scheduling=False) as waiting,
+    ):
         monkeypatch.setattr(ModelRunner, "forward", lambda *a: (order.append("launch"), launch(*a))[1])
         monkeypatch.setattr(HostCopy, "wait", lambda copy: (order.append("wait"), wait(copy))[1])
         expected = _ids(waiting.chat(ask("hi"), params)[0])
