@@ -19,6 +19,7 @@ else:
         add_plora,
         add_plora_pair,
         decode_attention,
+        embed_patches,
         keep_top_p,
         layer_norm,
         linear,
