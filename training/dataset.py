@@ -264,7 +264,7 @@ def assemble(groups: Sequence[Sequence[Example]], config: ModelConfig, prompts: 
     bounds = [0, *accumulate(lengths)]
     owners = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     return TrainingStep(
-        images=image_batch([e.image for e in examples], config.vision, torch.float32, torch.device("cpu")),
+        images=image_batch([e.image for e in examples], config.vision, torch.device("cpu")),
         patch_labels=torch.from_numpy(np.concatenate([e.patch_labels for e in examples])),
         num_images_asked=sum(bool(e.conversations) for e in examples),
         batch=Batch(

@@ -73,7 +73,7 @@ def test_flops_of_the_ops_add_up_to_the_closed_form_of_the_tower():
     n, vision = SHAPES.num_patches, SHAPES.config.vision
     q_proj, fc1, fc2 = (_work("linear", f"{name}, tower {n}")[0] for name in ("q_proj", "fc1", "fc2"))
     layer = 4 * q_proj + fc1 + fc2 + _work("vision_attention", f"tower {n}")[0]
-    embedding = 2 * n * vision.num_channels * vision.patch_size**2 * vision.hidden_size
+    embedding = _work("embed_patches", f"tower {n}")[0]
     cost = image_cost(SHAPES.config, SHAPES.plora, 1960, 1470, "bfloat16")
     assert layer * vision.num_hidden_layers + embedding == cost.tower_flops
 
@@ -112,6 +112,13 @@ def test_a_product_reads_its_weight_and_writes_its_result():
     x, weight, _ = OPS["linear"].model_cases(_Sizes(torch.bfloat16), SHAPES)["w1, decode 1"]()
     result = torch.empty(1, 14336, dtype=torch.bfloat16, device="meta")
     assert OPS["linear"].work((x, weight, None), result)[1] == 2 * (4096 + 14336 * 4096 + 14336)
+
+
+def test_patches_are_read_as_bytes():
+    arguments = OPS["embed_patches"].model_cases(_Sizes(torch.bfloat16), SHAPES)["tower 14700"]()
+    result = torch.empty(14_700, 1152, dtype=torch.bfloat16, device="meta")
+    weight_and_bias = 2 * (588 * 1152 + 1152)
+    assert OPS["embed_patches"].work(arguments, result)[1] == 14_700 * (588 + 2 * 4 + 2 * 1152) + weight_and_bias
 
 
 def test_a_pair_of_plora_computes_twice_as_much_and_reads_its_input_once():

@@ -19,7 +19,8 @@ from wemm.config import ImageConfig
 from wemm.engine.vision_encode import image_batch
 from wemm.model.downsampler import group_patches
 from wemm.model.wemm import WemmModel
-from wemm.processing.image_processor import ImageProcessor, normalize_pixels, patchify
+from wemm.ops.embed_patches import embed_patches, normalize
+from wemm.processing.image_processor import ImageProcessor, patchify
 
 CPU = torch.device("cpu")
 
@@ -48,18 +49,48 @@ def _image(width, height, seed=0):
 
 def _encode(config, images):
     model = _model()
-    packed = image_batch(images, config.vision, torch.float32, CPU)
+    packed = image_batch(images, config.vision, CPU)
     with torch.inference_mode():
         return model.visual_embeds(model.vision_tower(packed), packed.patch_grids)
 
 
 def test_patch_embedding_is_the_convolution():
     image = ImageProcessor(CONFIG).process(_image(50, 30))
-    pixel_values = normalize_pixels(image.pixels, 14)
+    width, height = image.plan.resized
+    assert height % 14  # what is padded is 0 after normalisation
+    planes = (image.pixels.permute(2, 0, 1).float() * (1 / 255) - 0.5) / 0.5
+    planes = F.pad(planes, (0, -width % 14, 0, -height % 14))
+    packed = image_batch([image], CONFIG.vision, CPU)
     embedding = _model().vision_tower.embeddings.patch_embedding
     with torch.inference_mode():
-        expected = F.conv2d(pixel_values[None], embedding.weight, embedding.bias, stride=14)[0].flatten(1).T
-        torch.testing.assert_close(embedding(patchify(pixel_values, 14)), expected, rtol=1e-4, atol=1e-5)
+        expected = F.conv2d(planes[None], embedding.weight, embedding.bias, stride=14)[0].flatten(1).T
+        got = embedding(packed.patches, packed.extents)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_of_images_is_bytes():
+    """A quarter of what normalised samples of float32 would be."""
+    images = [ImageProcessor(CONFIG).process(_image(*size)) for size in [(50, 30), (20, 90)]]
+    packed = image_batch(images, CONFIG.vision, CPU)
+    num_patches = sum(image.plan.num_patches for image in images)
+    assert packed.patches.dtype is torch.uint8
+    assert packed.patches.shape == (num_patches, 3 * 14 * 14)
+    assert packed.extents.shape == (num_patches, 2)
+    inside = 3 * packed.extents.prod(dim=1).sum()
+    assert inside == sum(image.pixels.numel() for image in images)
+
+
+def test_the_patch_embedding_learns_from_bytes():
+    image = ImageProcessor(CONFIG).process(_image(50, 30))
+    packed = image_batch([image], CONFIG.vision, CPU)
+    parameters = [
+        p.detach().clone().requires_grad_() for p in _model().vision_tower.embeddings.patch_embedding.parameters()
+    ]
+    embed_patches(packed.patches, packed.extents, *parameters).sum().backward()
+    weight, bias = (p.grad for p in parameters)
+    samples = normalize(packed.patches, packed.extents, 14).sum(dim=0).view(3, 14, 14)
+    torch.testing.assert_close(weight, samples.expand_as(weight), rtol=1e-4, atol=1e-4)
+    assert (bias == image.plan.num_patches).all()
 
 
 @pytest.mark.parametrize("grid", [(4, 8), (5, 7), (1, 1), (31, 12)], ids=str)
@@ -92,7 +123,7 @@ def test_separator_rows_enclose_the_grid():
 def test_token_count_equals_the_embeddings_the_model_makes(width, height, longest):
     """For any size, the count from width and height alone is what tower and downsampler produce.
 
-    The real path (resize, normalise, pad, patchify, tower, downsampler), with a smaller long edge so that
+    The real path (resize, pad, patchify, normalise, tower, downsampler), with a smaller long edge so that
     many sizes can be tried.
     """
     config = dataclasses.replace(CONFIG, image=ImageConfig(longest_edge=longest, shortest_edge=30))
@@ -100,7 +131,7 @@ def test_token_count_equals_the_embeddings_the_model_makes(width, height, longes
     plan = processor.plan(width, height)
     image = processor.process(Image.new("RGB", (width, height), (200, 30, 90)))
     assert image.pixels.shape == (plan.resized[1], plan.resized[0], 3)
-    assert patchify(normalize_pixels(image.pixels, 14), 14).shape[0] == plan.num_patches
+    assert patchify(image.pixels, 14).shape[0] == plan.num_patches
     [embeds] = _encode(config, [image])
     assert embeds.shape == (plan.num_tokens, config.text.hidden_size)
 

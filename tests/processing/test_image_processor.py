@@ -21,9 +21,10 @@ from PIL import Image
 from wemm.checkpoint.checkpoint import BUNDLED_DIRECTORY
 from wemm.checkpoint.config_file import parse_config
 from wemm.config import PRESETS, ImageConfig
+from wemm.ops.embed_patches import normalize
 from wemm.processing.image_processor import (
     ImageProcessor,
-    normalize_pixels,
+    patch_extents,
     patchify,
     position_buckets,
     position_ids,
@@ -52,6 +53,13 @@ def random_image(width, height, seed=0):
     return Image.fromarray(samples)
 
 
+def normalized(pixels, patch_size):
+    """Patches of one image as the vision tower multiplies them: float32 [num_patches, 3 * patch_size**2]."""
+    height, width = pixels.shape[:2]
+    extents = torch.from_numpy(patch_extents((width, height), patch_size))
+    return normalize(patchify(pixels, patch_size), extents, patch_size)
+
+
 # --- the reference's numbers -------------------------------------------------------------------------
 
 
@@ -69,11 +77,11 @@ def test_the_plan_of_the_real_model_matches_the_reference(case):
 @pytest.mark.parametrize("case", IMAGE_CASES, ids=lambda case: case["image"])
 def test_the_pixels_of_every_golden_image_match_the_reference(case):
     processed = processor().process(open_image(GOLDEN_DIRECTORY / "images" / case["image"]))
-    values = normalize_pixels(processed.pixels, TINY.vision.patch_size)
+    values = normalized(processed.pixels, TINY.vision.patch_size)
     assert processed.plan.patch_grid == tuple(case["patch_grid"])
     assert processed.plan.num_tokens == case["num_image_tokens"]
     assert values.dtype == torch.float32
-    assert values[:, 0, 0].tolist() == case["pixel_corner"]  # float32, to the last bit
+    assert values[0].view(3, -1)[:, 0].tolist() == case["pixel_corner"]  # float32, to the last bit
     # The sum cancels: its error is measured against the sum of magnitudes.
     scale = case["pixel_abs_sum"]
     assert values.double().sum().item() == pytest.approx(case["pixel_sum"], rel=1e-6, abs=1e-9 * scale)
@@ -182,14 +190,13 @@ def test_the_plan_is_what_the_pixels_become(size, shortest_edge, longer_by, patc
     assert processed.plan == processor.plan(*size)
     assert np.array_equal(processed.pixels, image.resize((width, height), Image.Resampling.BILINEAR))
 
-    values = normalize_pixels(processed.pixels, patch_size)
-    assert values.shape == (3, rows * patch_size, columns * patch_size)
-    assert values[:, :height, :width].abs().max() <= 1
-    assert not values[:, height:].any()
-    assert not values[:, :, width:].any()
-
-    patches = patchify(values, patch_size)
-    assert patches.shape == (rows * columns, 3 * patch_size**2) == (processed.plan.num_patches, patches.shape[1])
+    values = normalized(processed.pixels, patch_size)
+    assert values.shape == (rows * columns, 3 * patch_size**2) == (processed.plan.num_patches, values.shape[1])
+    planes = values.view(rows, columns, 3, patch_size, patch_size).permute(2, 0, 3, 1, 4)
+    planes = planes.reshape(3, rows * patch_size, columns * patch_size)
+    assert planes[:, :height, :width].abs().max() <= 1
+    assert not planes[:, height:].any()
+    assert not planes[:, :, width:].any()
 
     kernel = TINY.downsampler.kernel_size
     padded = F.pad(torch.zeros(1, rows, columns), (0, -columns % kernel, 0, -rows % kernel))
@@ -200,9 +207,10 @@ def test_the_plan_is_what_the_pixels_become(size, shortest_edge, longer_by, patc
 
 @pytest.mark.parametrize("patch_size", [1, 2, 14])
 def test_patchify_orders_patches_and_samples_as_a_convolution_does(patch_size):
-    values = torch.randn(3, 3 * patch_size, 2 * patch_size, generator=torch.Generator().manual_seed(0))
-    patches = F.unfold(values[None], patch_size, stride=patch_size)[0].T
-    assert torch.equal(patchify(values, patch_size), patches)
+    pixels = torch.from_numpy(np.array(random_image(2 * patch_size, 3 * patch_size)))
+    planes = pixels.permute(2, 0, 1).float()
+    patches = F.unfold(planes[None], patch_size, stride=patch_size)[0].T
+    assert torch.equal(patchify(pixels, patch_size), patches.to(torch.uint8))
 
 
 def test_normalisation_multiplies_by_float32_of_one_255th():
@@ -211,21 +219,34 @@ def test_normalisation_multiplies_by_float32_of_one_255th():
     pixels = torch.from_numpy(samples).reshape(1, 256, 1).expand(1, 256, 3)
     expected = (samples.astype(np.float32) * np.float32(1 / 255) - np.float32(0.5)) / np.float32(0.5)
     divided = (samples.astype(np.float32) / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
-    for channel in normalize_pixels(pixels, 1):
-        assert np.array_equal(channel[0].numpy(), expected)
+    for channel in normalized(pixels, 1).T:
+        assert np.array_equal(channel.numpy(), expected)
     assert not np.array_equal(expected, divided)
     assert (expected[0], expected[255]) == (-1.0, 1.0)
 
 
 def test_padding_is_zero_after_normalisation_at_the_bottom_and_right():
-    values = normalize_pixels(torch.full((5, 3, 3), 255, dtype=torch.uint8), 4)
-    assert values.shape == (3, 8, 4)
-    assert (values[:, :5, :3] == 1).all()
+    values = normalized(torch.full((5, 3, 3), 255, dtype=torch.uint8), 4)
+    assert values.shape == (2, 3 * 4 * 4)
+    planes = values.view(2, 3, 4, 4).transpose(0, 1).reshape(3, 8, 4)
+    assert (planes[:, :5, :3] == 1).all()
     assert values.sum() == 3 * 5 * 3
 
 
+@PROPERTY
+@given(size=st.tuples(st.integers(1, 70), st.integers(1, 70)), patch_size=st.sampled_from([1, 2, 7, 14]))
+def test_patches_are_those_of_the_image_normalised_first_and_padded_with_zeros_then(size, patch_size):
+    """To the last bit, the sign of zero included."""
+    pixels = torch.from_numpy(np.array(random_image(*size)))
+    planes = (pixels.permute(2, 0, 1).to(torch.float32) * (1 / 255) - 0.5) / 0.5
+    planes = F.pad(planes, (0, -size[0] % patch_size, 0, -size[1] % patch_size))
+    expected = F.unfold(planes[None], patch_size, stride=patch_size)[0].T.contiguous()
+    assert torch.equal(normalized(pixels, patch_size).view(torch.int32), expected.view(torch.int32))
+
+
 def test_whole_patches_are_not_padded():
-    assert normalize_pixels(torch.zeros(28, 14, 3, dtype=torch.uint8), 14).shape == (3, 28, 14)
+    assert patchify(torch.zeros(28, 14, 3, dtype=torch.uint8), 14).shape == (2, 3 * 14 * 14)
+    assert (patch_extents((14, 28), 14) == 14).all()
 
 
 # --- hash --------------------------------------------------------------------------------------------

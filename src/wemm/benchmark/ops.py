@@ -233,6 +233,9 @@ class _Sizes(Inputs):
     def normal(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
         return torch.empty(shape, dtype=self.dtype, device="meta")
 
+    def uint8(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.uint8, device="meta")
+
     def quantized(self, scheme: str, out_size: int, in_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         return empty_quantized(SCHEMES[scheme], out_size, in_size, torch.device("meta"))
 

@@ -104,10 +104,10 @@ def _counted(items: Iterable[_Item], advance: Advance) -> Iterable[_Item]:
 
 def _embedded(model: WemmModel, config: VisionConfig, device: torch.device, prompt: ProcessedPrompt) -> _Sample:
     """Alone in a batch, all of its tokens at once."""
-    num_tokens, dtype = len(prompt.token_ids), model.separator_embedding.weight.dtype
+    num_tokens = len(prompt.token_ids)
     visual, rows = [], []
     for span in prompt.image_spans:
-        packed = image_batch([span.image], config, dtype, device)
+        packed = image_batch([span.image], config, device)
         visual += model.visual_embeds(model.vision_tower(packed), packed.patch_grids)
         rows.append(torch.arange(span.start, span.stop, device=device))
     positions = torch.arange(num_tokens, device=device)

@@ -85,7 +85,7 @@ class Reference:
     def visual_embeds(self, span: ImageSpan) -> torch.Tensor:
         """[num_tokens, hidden_size] of one image, separators included."""
         with _definitions():
-            packed = image_batch([span.image], self._checkpoint.config.vision, torch.float32, self._device)
+            packed = image_batch([span.image], self._checkpoint.config.vision, self._device)
             [embeds] = self.model.visual_embeds(self.model.vision_tower(packed), packed.patch_grids)
         return embeds
 

@@ -101,8 +101,8 @@ class ModelRunner:
         self._platform.select()
         tower = self._model.vision_tower
         if vision.first_layer == 0:
-            packed = image_batch(vision.images, self._config.vision, self.dtype, self.device)
-            self._encoding = packed, tower.embeddings(packed.patches, packed.position_ids)
+            packed = image_batch(vision.images, self._config.vision, self.device)
+            self._encoding = packed, tower.embeddings(packed.patches, packed.extents, packed.position_ids)
         assert self._encoding is not None
         packed, x = self._encoding
         x = tower.encoder(x, packed.cu_seqlens, slice(vision.first_layer, vision.last_layer))

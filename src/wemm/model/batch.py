@@ -11,7 +11,8 @@ import torch
 class ImageBatch:
     """Packed patches of the images of one vision-tower call. Built by engine/vision_encode.py."""
 
-    patches: torch.Tensor  # model dtype [num_patches, 3 * patch_size**2], values in [-1, 1]
+    patches: torch.Tensor  # uint8 [num_patches, 3 * patch_size**2], by channel, row and column
+    extents: torch.Tensor  # int32 [num_patches, 2], rows and columns of a patch that are its image's, not padding
     position_ids: torch.Tensor  # int64 [num_patches], rows of the position table
     cu_seqlens: torch.Tensor  # int32 [num_images + 1]
     patch_grids: tuple[tuple[int, int], ...]  # (rows, columns) per image

@@ -12,7 +12,7 @@ from wemm.layers.linear import ColumnParallelLinear, ColumnParallelLinearGelu, R
 from wemm.layers.norm import LayerNorm
 from wemm.model.batch import ImageBatch
 from wemm.ops.add_residual import add_residual
-from wemm.ops.linear import linear
+from wemm.ops.embed_patches import embed_patches
 from wemm.ops.vision_attention import vision_attention
 from wemm.quantization import Scheme
 
@@ -26,9 +26,9 @@ class PatchEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.hidden_size, config.num_channels, size, size))
         self.bias = nn.Parameter(torch.empty(config.hidden_size))
 
-    def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """[num_patches, 3 * patch_size**2] → [num_patches, hidden_size]."""
-        return linear(patches, self.weight.flatten(1), self.bias)
+    def forward(self, patches: torch.Tensor, extents: torch.Tensor) -> torch.Tensor:
+        """uint8 [num_patches, 3 * patch_size**2], int32 [num_patches, 2] → [num_patches, hidden_size]."""
+        return embed_patches(patches, extents, self.weight, self.bias)
 
 
 class VisionEmbeddings(nn.Module):
@@ -39,9 +39,9 @@ class VisionEmbeddings(nn.Module):
         self.patch_embedding = PatchEmbedding(config)
         self.position_embedding = Embedding(config.position_grid**2, config.hidden_size)
 
-    def forward(self, patches: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, patches: torch.Tensor, extents: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """→ [num_patches, hidden_size]."""
-        return self.patch_embedding(patches) + self.position_embedding(position_ids)
+        return self.patch_embedding(patches, extents) + self.position_embedding(position_ids)
 
 
 class VisionAttention(nn.Module):
@@ -126,5 +126,5 @@ class VisionTower(nn.Module):
 
         The engine runs the three parts itself, the encoder a few layers per step.
         """
-        x = self.embeddings(images.patches, images.position_ids)
+        x = self.embeddings(images.patches, images.extents, images.position_ids)
         return self.post_layernorm(self.encoder(x, images.cu_seqlens))

@@ -73,6 +73,10 @@ class Inputs:
         """Uniform numbers in [-1, 1), float32 in every case."""
         return (torch.rand(shape, generator=self._generator) * 2 - 1).to(self.device)
 
+    def uint8(self, *shape: int) -> torch.Tensor:
+        """Uniform integers from 0 to 255, uint8 in every case."""
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=self._generator).to(self.device)
+
     def int32(self, values: Sequence[Any]) -> torch.Tensor:
         """Given integers, int32."""
         return torch.tensor(values, dtype=torch.int32, device=self.device)

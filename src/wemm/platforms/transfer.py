@@ -6,8 +6,9 @@ import torch
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor in main memory → the same on the device, behind what that was asked for before."""
-    if device.type == "cuda":  # from memory that may be swapped the driver copies when it has caught up
+    """A tensor → the same on the device, behind what that was asked for before; if it lies there, itself."""
+    # From memory that may be swapped the driver copies when it has caught up.
+    if device.type == "cuda" and x.is_cpu:
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
 

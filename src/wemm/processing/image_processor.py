@@ -28,7 +28,7 @@ __all__ = [
     "ImagePlan",
     "ImageProcessor",
     "ProcessedImage",
-    "normalize_pixels",
+    "patch_extents",
     "patchify",
     "position_buckets",
     "position_ids",
@@ -63,22 +63,23 @@ class ImageProcessor:
         return ProcessedImage(torch.from_numpy(pixels), plan, hash_pixels(pixels))
 
 
-def normalize_pixels(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """uint8 [height, width, 3] → float32 [3, padded height, padded width] in [-1, 1].
+def patchify(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """uint8 [height, width, 3] → uint8 [num_patches, 3 * patch_size**2], by channel, row and column.
 
-    Multiplied by float32(1/255), as the reference does: dividing by 255 differs in the last bit.
-    Padding (bottom and right, to whole patches) is 0 after normalisation.
+    Patches are row-major, at the bottom and on the right filled up: patch_extents says how much is not.
     """
-    values = (pixels.permute(2, 0, 1).to(torch.float32) * (1 / 255) - 0.5) / 0.5
-    height, width = values.shape[1:]
-    return F.pad(values, (0, -width % patch_size, 0, -height % patch_size))
+    height, width, channels = pixels.shape
+    padded = F.pad(pixels, (0, 0, 0, -width % patch_size, 0, -height % patch_size))
+    grid = padded.reshape(-(-height // patch_size), patch_size, -(-width // patch_size), patch_size, channels)
+    return grid.permute(0, 2, 4, 1, 3).reshape(-1, channels * patch_size * patch_size)
 
 
-def patchify(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """[3, height, width] → [num_patches, 3 * patch_size**2], patches row-major."""
-    channels, height, width = pixel_values.shape
-    grid = pixel_values.reshape(channels, height // patch_size, patch_size, width // patch_size, patch_size)
-    return grid.permute(1, 3, 0, 2, 4).reshape(-1, channels * patch_size * patch_size)
+def patch_extents(resized: tuple[int, int], patch_size: int) -> np.ndarray:
+    """Rows and columns of every patch inside an image of (width, height), row-major. int32 [num_patches, 2]."""
+    columns, rows = (
+        np.minimum(length - np.arange(0, length, patch_size, dtype=np.int32), patch_size) for length in resized
+    )
+    return np.stack(np.broadcast_arrays(rows[:, None], columns[None, :]), axis=-1).reshape(-1, 2)
 
 
 def position_buckets(num_patches: int, position_grid: int) -> np.ndarray:

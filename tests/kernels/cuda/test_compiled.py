@@ -70,6 +70,16 @@ def test_numbers_are_rounded_before_they_become_integers(name, case, kernel, com
     assert "fma" not in launch.ptx
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+def test_pixels_are_normalised_as_the_definition_rounds(capability, dtype, compiled):
+    """As above. In float32 the products of samples and weights are fused, so there it cannot be seen."""
+    op = OPS["embed_patches"]
+    [arguments] = _taken(op, op.implementations[0], dtype)
+    [launch] = compiled(capability, lambda: op.implementations[0].function(*arguments))
+    assert "fma" not in launch.ptx
+
+
 def _taken(op, implementation, dtype):
     cases = [case() for case in op.model_cases(_Sizes(dtype), SHAPES).values()]
     return [arguments for arguments in cases if implementation.supports(*arguments)]

@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 from wemm.errors import ParameterError
 from wemm.ops.add_plora import add_plora
 from wemm.ops.add_plora_pair import add_plora_pair
+from wemm.ops.embed_patches import embed_patches, normalize
 from wemm.ops.keep_top_p import keep_top_p
 from wemm.ops.layer_norm import layer_norm
 from wemm.ops.linear import linear
@@ -190,3 +191,26 @@ def test_the_nucleus_of_a_row_that_sums_to_almost_nothing():
     with torch.inference_mode(), keep_top_p.using("triton"):
         got = keep_top_p(rows, torch.full((4,), 0.1))
     assert torch.equal(got, keep_top_p.definition(rows, torch.full((4,), 0.1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("patch_size", [1, 5, 14])
+def test_normalised_samples_are_those_of_the_definition(dtype, patch_size):
+    """To the last bit: each output takes one sample. All 256, in patches that are full and in all that are not."""
+    width = 3 * patch_size**2
+    extents = torch.cartesian_prod(*(torch.arange(patch_size + 1, dtype=torch.int32),) * 2).repeat(
+        -(-256 // width), 1
+    )
+    patches = (torch.arange(len(extents) * width) % 256).to(torch.uint8).view(-1, width)
+    weight = torch.eye(width, dtype=dtype).view(width, 3, patch_size, patch_size)
+    with torch.inference_mode(), embed_patches.using("triton"):
+        got = embed_patches(patches, extents, weight, torch.zeros(width, dtype=dtype))
+    assert torch.equal(got, normalize(patches, extents, patch_size).to(dtype))
+
+
+@pytest.mark.parametrize("num_patches", [0, 1, 63, 64, 65])
+@pytest.mark.parametrize("outputs", [1, 127, 129])
+def test_any_number_of_patches(inputs, num_patches, outputs):
+    patches, bias = inputs.uint8(num_patches, 3 * 7 * 7), inputs.normal(outputs)
+    extents = torch.tensor([[7, 7], [7, 2], [1, 7]], dtype=torch.int32).repeat(22, 1)[:num_patches]
+    compare(embed_patches, patches, extents, inputs.normal(outputs, 3, 7, 7, scale=147**-0.5), bias)

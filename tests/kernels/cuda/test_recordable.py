@@ -23,10 +23,14 @@ from wemm.engine.decode_graphs import _WholeStep
 from wemm.engine.model_input import ModelInput, VisualSlice
 from wemm.engine.model_runner import ModelRunner
 from wemm.engine.sampler import SamplingRow, _draw, sample
+from wemm.engine.vision_encode import image_batch
 from wemm.model.batch import Batch
+from wemm.model.vision_tower import PatchEmbedding
 from wemm.model.wemm import WemmModel
 from wemm.ops.registry import OPS
 from wemm.platforms import Platform
+from wemm.processing.image_processor import ProcessedImage
+from wemm.processing.resize import plan_resized
 from wemm.request import SamplingParams
 
 CONFIG, PLORA = PRESETS["wemm-chat-2k-cn"]
@@ -130,6 +134,26 @@ def test_a_step_is_launched_without_waiting_for_the_one_before(compiled, monkeyp
         compiled(90, lambda: sample(runner.forward(inputs, last_token_ids).logits, [row, row]))
     assert watch.num_copies > 10
     assert [tuple(x.shape) for x in copies] == [(2, 4), (2, 4), (2,)]
+
+
+def test_images_are_sent_without_waiting_for_the_device(compiled, monkeypatch):
+    """As bytes, and normalised where they are multiplied."""
+    _on_meta(monkeypatch)
+    device, sizes = torch.device("meta"), [(1960, 1470), (1960, 799)]
+    images = [
+        ProcessedImage(torch.empty(height, width, 3, dtype=torch.uint8), plan_resized((width, height), CONFIG), "")
+        for width, height in sizes
+    ]
+    num_patches = sum(image.plan.num_patches for image in images)
+    with device, torch.inference_mode():
+        embedding = PatchEmbedding(CONFIG.vision).to(torch.bfloat16)
+    with torch.inference_mode(), _NothingWaits() as watch:
+        batch = image_batch(images, CONFIG.vision, device)
+        launches = compiled(90, lambda: embedding(batch.patches, batch.extents))
+    assert watch.num_copies == len(images) + 3
+    assert (batch.patches.dtype, len(batch.patches)) == (torch.uint8, num_patches)
+    assert [launch.name for launch in launches] == ["_embed_patches"]
+    assert {t.device for t in (batch.patches, batch.extents, batch.position_ids, batch.cu_seqlens)} == {device}
 
 
 def test_draws_ask_the_device_for_nothing(compiled, monkeypatch):

@@ -86,7 +86,7 @@ class WemmForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP):
         weight = self.separator_embedding.weight
         if not images:
             return []
-        batch = image_batch(images, self._config.vision, weight.dtype, weight.device)
+        batch = image_batch(images, self._config.vision, weight.device)
         grids = self.downsampler(self.vision_tower(batch), batch.patch_grids)
         sizes = [image.plan.token_grid[0] * image.plan.token_grid[1] for image in images]
         return [torch.cat((weight[:1], grid, weight[1:2])) for grid in grids.split(sizes)]

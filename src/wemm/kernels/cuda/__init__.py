@@ -20,6 +20,7 @@ else:
         add_plora_pair,
         add_rms_norm,
         decode_attention,
+        embed_patches,
         keep_top_p,
         layer_norm,
         linear,
