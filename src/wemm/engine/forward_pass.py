@@ -25,4 +25,4 @@ def output_layer(model: WemmModel, hidden: torch.Tensor) -> Forwarded:
 
 def _are_finite(x: torch.Tensor) -> torch.Tensor:
     """bool [num_rows]: NaN and infinities of a row show in its smallest or its largest value."""
-    return torch.stack(x.aminmax(dim=-1)).isfinite().all(dim=0)
+    return torch.stack((x.amin(dim=-1), x.amax(dim=-1))).isfinite().all(dim=0)

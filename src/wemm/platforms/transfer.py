@@ -1,4 +1,4 @@
-"""Between main memory and a device, without waiting for what the device computes."""
+"""Between main memory and a device; on CUDA without waiting for what the device computes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ class HostCopy:
     """A tensor on its way to main memory, behind what its device was asked for before."""
 
     def __init__(self, x: torch.Tensor) -> None:
-        self._copy = x.to("cpu", non_blocking=True)
-        self._arrived: torch.Event | None = None
-        if x.device.type != "cpu":
-            self._arrived = torch.Event(x.device)
+        self._copy = x
+        self._arrived: torch.cuda.Event | None = None
+        if x.is_cuda:
+            self._copy = x.to("cpu", non_blocking=True)
+            self._arrived = torch.cuda.Event()
             self._arrived.record()
 
     def wait(self) -> torch.Tensor:
         """Once it is there."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        return self._copy
+        return self._copy.to("cpu")
