@@ -67,17 +67,24 @@ def _few_tokens(
     weight += in_weight
     x += (token[None, None, :] * num_groups + part[:, None, None]) * (2 * HALF) + element[None, :, None]
     y = tl.zeros((GROUPS, OUTPUTS, TOKENS), tl.float32)
+    is_in = (part < num_groups)[:, None] & is_output[None, :]
+    # One step ahead, by hand: asynchronous copies, which fetch the rest ahead, are of four bytes at least.
+    next_scale = tl.load(scale, mask=is_in, other=0.0)
     if up_weight is not None:
         up_scale += at
         up_weight += in_weight
         up = tl.zeros((GROUPS, OUTPUTS, TOKENS), tl.float32)
+        next_up_scale = tl.load(up_scale, mask=is_in, other=0.0)
     for first in range(0, num_groups, GROUPS):
         is_group = (first + part < num_groups)[:, None]
         is_in = is_group & is_output[None, :]
         is_in_x = (is_group & is_token[None, :])[:, None, :]
-        group_scale = tl.load(scale + first, mask=is_in, other=0.0).to(tl.float32)
-        if up_weight is not None:  # first of all: what of two bytes is loaded, nothing fetches ahead
-            up_group_scale = tl.load(up_scale + first, mask=is_in, other=0.0).to(tl.float32)
+        is_next = (first + GROUPS + part < num_groups)[:, None] & is_output[None, :]
+        group_scale = next_scale.to(tl.float32)
+        next_scale = tl.load(scale + first + GROUPS, mask=is_next, other=0.0)
+        if up_weight is not None:
+            up_group_scale = next_up_scale.to(tl.float32)
+            next_up_scale = tl.load(up_scale + first + GROUPS, mask=is_next, other=0.0)
         packed = tl.load(weight + first * HALF, mask=is_in[:, :, None], other=0)
         low_x = tl.load(x + first * 2 * HALF, mask=is_in_x, other=0)
         high_x = tl.load(x + first * 2 * HALF + HALF, mask=is_in_x, other=0)
