@@ -85,15 +85,12 @@ gpu-check:        ## device tests, every op and the goals on the accelerator of 
 	@$(if $(DRY_RUN),true,$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())') \
 	  || { echo "gpu-check: no accelerator here, nothing was checked"; exit 1; }
 	PYTHONPATH=src $(GPU_PYTHON) -m pytest tests/device -m device -W ignore -p no:cacheprovider $(DRY)
-	PYTHONPATH=src $(GPU_PYTHON) -m wemm bench ops \
-	  $(if $(DRY_RUN),--device cpu --shapes cases --seconds 0.01,--device cuda --seconds 0.1)
 	PYTHONPATH=src $(GPU_PYTHON) -m wemm bench device $(DRY)
 
 npu-check:        ## the same on an Ascend NPU (docs/ascend.md)
 	@$(GPU_PYTHON) -c 'import sys, torch, torch_npu; sys.exit(not torch_npu.npu.is_available())' \
 	  || { echo "npu-check: no NPU here, nothing was checked"; exit 1; }
 	PYTHONPATH=src $(GPU_PYTHON) -m pytest tests/device -m device -W ignore -p no:cacheprovider
-	PYTHONPATH=src $(GPU_PYTHON) -m wemm bench ops --device npu --dtype float16 --seconds 0.1
 	PYTHONPATH=src $(GPU_PYTHON) -m wemm bench device --device npu
 
 clean:            ## remove what setup made

@@ -23,7 +23,8 @@ def test_a_dry_run_takes_every_step_and_judges_nothing(dry):
     line = json.loads(json.dumps(dry.line()))
     assert set(line["steps"]) == {"as it comes", "int4", "definitions", "together"}
     assert {goal["is_met"] for goal in line["goals"]} == {None}
-    table, stages = dry.tables
+    ops, table, stages = dry.tables
+    assert {row[0] for row in ops.rows} == set(OPS) == {row["op"] for row in line["ops"]["ops"]}
     assert {row[-1] for row in table.rows} == {"dry run"}
     assert [row[0] for row in stages.rows] == ["as it comes", "int4", "definitions"]
     assert dry.notes[0] == "a dry run: the steps work, the figures mean nothing"

@@ -1,4 +1,4 @@
-"""What a device is expected to reach, and what it did: the goals of an accelerator in one table.
+"""What a device is expected to reach, and what it did: every op, and the goals of an accelerator in one table.
 
 Each is a share of a ceiling measured in the same run, or a ratio to the plain definitions in eager PyTorch.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from wemm.benchmark import latency, throughput
+from wemm.benchmark import latency, ops, throughput
 from wemm.benchmark.charts import bars
 from wemm.benchmark.result import Result, Table, environment
 from wemm.benchmark.workload import Workload
@@ -40,13 +40,15 @@ class DeviceBenchmark:
     """Requests at once."""
     concurrent_output_len: int = 64
     max_model_len: int = 2048
+    ops_seconds: float = 0.1
+    """Per op, case and implementation, at the model's sizes."""
     is_dry_run: bool = False
     """Everything runs, nothing is judged."""
 
     @classmethod
     def dry_run(cls, device: str = "cpu") -> DeviceBenchmark:
         """The same steps over the bundled `tiny`, in seconds, on any device."""
-        return cls(device, "float32", "tiny", (20, 30), 6, 4, 3, 256, is_dry_run=True)
+        return cls(device, "float32", "tiny", (20, 30), 6, 4, 3, 256, 0.001, is_dry_run=True)
 
     def engine(self, **options: Any) -> EngineConfig:
         """Of one step."""
@@ -86,6 +88,9 @@ def run(benchmark: DeviceBenchmark) -> Result:
     platform = resolve_platform(benchmark.device)
     if platform.device.type == "cpu" and not benchmark.is_dry_run:
         raise ParameterError("the goals are an accelerator's and here is none; --dry-run runs the steps on a CPU")
+    every_op = ops.run(
+        ops.OpsBenchmark(benchmark.device, benchmark.dtype, None, benchmark.model, benchmark.ops_seconds)
+    )
     one = benchmark.workload(_REQUESTS)
     steps = {
         "as it comes": latency.run(benchmark.engine(), one, benchmark.output_len, 1),
@@ -111,9 +116,14 @@ def run(benchmark: DeviceBenchmark) -> Result:
         settings=asdict(benchmark),
         figures={
             "goals": [{**asdict(goal), "is_met": None if benchmark.is_dry_run else goal.is_met} for goal in goals],
+            "ops": every_op.figures,
             "steps": {name: dict(step.figures) for name, step in {**steps, "together": together}.items()},
         },
-        tables=[Table(_title(benchmark, platform.device), _COLUMNS, _rows(goals, benchmark.is_dry_run)), stages],
+        tables=[
+            *every_op.tables,
+            Table(_title(benchmark, platform.device), _COLUMNS, _rows(goals, benchmark.is_dry_run)),
+            stages,
+        ],
         chart=lambda path: _chart(path, benchmark, goals),
         notes=[*notes, *steps["as it comes"].notes[1:]],
     )

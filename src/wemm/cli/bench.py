@@ -151,10 +151,10 @@ def device(
     *,
     outputs: Outputs,
 ) -> None:
-    """What an accelerator reaches of its goals, over the full-size model with random weights: one table.
+    """What an accelerator reaches of its goals, over the full-size model with random weights, and every op.
 
     Decode, prefill and vision tower as shares of ceilings of the same run, a whole request against the plain
-    definitions, many requests against the roofline. On an H200 it takes 80 seconds.
+    definitions, many requests against the roofline. Some minutes.
 
     Example: wemm bench device --dry-run
     """
