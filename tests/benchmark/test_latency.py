@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -137,6 +138,15 @@ def test_a_result_is_ready_for_json_and_fills_its_table(result):
     [table] = result.tables
     assert [row[0] for row in table.rows] == list(line["seconds"])
     assert all(len(row) == len(table.columns) for row in table.rows)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_how_long_the_cpu_waited_is_said_where_it_is_a_step_ahead(ahead):
+    engine = replace(TINY, async_scheduling=ahead)
+    result = run(engine, Workload(1, (20, 30), 1, 3, 0), 3, 1)
+    said = [note for note in result.notes if note.startswith("the CPU was a step ahead and waited")]
+    assert len(said) == ahead
+    assert 0 < result.figures["seconds_awaiting_device"] < result.figures["seconds"]["total"]["worst"]
 
 
 def test_the_waterfall_is_drawn_with_its_unit(result, tmp_path):

@@ -17,7 +17,7 @@ from wemm.benchmark.result import Result, Table, engine_settings, environment, p
 from wemm.benchmark.workload import Workload
 from wemm.config import EngineConfig, QuantizationConfig
 from wemm.cost import decode_bytes, image_cost, kv_bytes_per_token, prefill_flops
-from wemm.engine.build import Source, find_source, resolve_dtype
+from wemm.engine.build import Source, find_source, is_a_step_ahead, resolve_dtype
 from wemm.engine.llm import LLM
 from wemm.errors import ParameterError
 from wemm.platforms import resolve_platform
@@ -138,7 +138,7 @@ def run(engine: EngineConfig, workload: Workload, output_len: int, batch: int) -
         f"{measured.tokens_per_s:,.1f} tokens/s, {batch} at once; {len(measured.requests)} requests measured",
         describe(ceilings.figures()),
     ]
-    if platform.computes_beside_cpu:
+    if is_a_step_ahead(engine, platform):
         share = measured.seconds_awaiting_device / sum(measured.batch_seconds)
         notes.append(f"the CPU was a step ahead and waited for the device {share:.0%} of the time")
     return Result(

@@ -133,7 +133,7 @@ def build_engine(config: EngineConfig, progress: ProgressBar) -> BuiltEngine:
             limits,
             plan.max_model_len,
             config.num_speculative_tokens,
-            platform.computes_beside_cpu if config.async_scheduling is None else config.async_scheduling,
+            is_a_step_ahead(config, platform),
         ),
         processor=make_processor(config, source, tokenizer, plan.max_model_len),
         tokenizer=tokenizer,
@@ -153,6 +153,11 @@ def make_processor(
     """The door for prompts; images are read in the calling thread unless `read_image` does it."""
     read_image = read_image or image_reader(ImageProcessor(source.config), config.reference_image_mode)
     return Processor(tokenizer, read_image, max_model_len - 1, source.config.text.vocab_size)
+
+
+def is_a_step_ahead(config: EngineConfig, platform: Platform) -> bool:
+    """Whether the engine launches a step while the one before is computed."""
+    return platform.computes_beside_cpu if config.async_scheduling is None else config.async_scheduling
 
 
 def _make_runner(
