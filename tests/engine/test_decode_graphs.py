@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -156,6 +158,18 @@ def test_a_recording_computes_on_what_the_tensors_hold_now():
         assert not torch.equal(out, expected)
         replay()
         assert torch.equal(out, expected)
+
+
+def test_recording_does_not_import_a_compiler():
+    """torch's takes seconds, which the first token would wait for, and leaves a directory behind."""
+    answer = (
+        "import sys; from wemm import LLM, SamplingParams\n"
+        "with LLM('nano', device='cpu', dtype='bfloat16', max_model_len=100) as llm:\n"
+        "    llm.generate('hi', SamplingParams(max_tokens=4, ignore_eos=True))\n"
+        "    assert llm._open.engine._runner._decode_graphs._graphs[1] is not None\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", answer], check=True)
 
 
 def test_without_kernels_nothing_is_recorded(work):

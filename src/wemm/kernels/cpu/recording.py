@@ -56,6 +56,10 @@ def record(function: Callable[[], Any]) -> tuple[Any, Replay] | None:
 class _OnlyKernelsCompute(TorchDispatchMode):
     """Lets torch make tensors and views of them, and nothing more."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would import its compiler to be passed over by it: seconds, and a directory in /tmp
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in _ALLOCATIONS and not func.is_view:
             raise _ComputedByTorchError(str(func))
