@@ -52,11 +52,11 @@ def normalize(patches: torch.Tensor, extents: torch.Tensor, patch_size: int) -> 
     Multiplied by float32(1/255), as the reference does: dividing by 255 differs in the last bit.
     patches: uint8 [num_patches, 3 * patch_size**2], extents: as those of embed_patches.
     """
-    values = (patches.to(torch.float32) * (1 / 255) - 0.5) / 0.5
+    values = patches.to(torch.float32).mul_(1 / 255).sub_(0.5).div_(0.5)
     at = torch.arange(patch_size, device=patches.device)
     rows, columns = extents[:, :1, None], extents[:, 1:, None]
-    inside = (at[:, None] < rows) & (at < columns)  # [num_patches, patch_size, patch_size]
-    return values.where(inside.flatten(1).repeat(1, 3), 0.0)
+    outside = (at[:, None] >= rows) | (at >= columns)  # [num_patches, patch_size, patch_size]
+    return values.view(-1, 3, patch_size, patch_size).masked_fill_(outside.unsqueeze(1), 0.0).flatten(1)
 
 
 @op(_cases, model_cases=_model_cases, flops=_flops)
