@@ -32,10 +32,6 @@ class Runner(Protocol):
         """Of the only rank, or of the first of many: what leaves a layer is whole on every rank."""
 
     @property
-    def device(self) -> torch.device:
-        """Where logits lie."""
-
-    @property
     def dtype(self) -> torch.dtype:
         """What the model computes in."""
 

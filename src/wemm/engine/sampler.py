@@ -155,7 +155,7 @@ def apply_penalties(logits: torch.Tensor, row: SamplingRow) -> torch.Tensor:
 
 def _counts(token_ids: Iterable[int], pending: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     """How often each token of the vocabulary comes: int64 [vocab_size]."""
-    # Most are counted here: the device would take as long as their number is large.
+    # Those known here are counted here: every token differs from the others then, and fewer are sent.
     known = Counter(i for i in token_ids if 0 <= i < like.shape[0])
     ids, times = _sent([[*known.keys()], [*known.values()]], torch.int64, like.device)
     counts = torch.zeros(like.shape[0], dtype=torch.int64, device=like.device).index_copy_(0, ids, times)

@@ -172,11 +172,6 @@ class LeaderRunner:
         return self._runner.model
 
     @property
-    def device(self) -> torch.device:
-        """Where logits lie."""
-        return self._runner.device
-
-    @property
     def dtype(self) -> torch.dtype:
         """What the model computes in."""
         return self._runner.dtype
